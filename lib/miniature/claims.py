@@ -1,0 +1,489 @@
+"""Claims, their statistics and their verdicts.
+
+Every check returns a `Claim` with one of three verdicts, by one rule. A check states a region (an
+effect beyond a margin, a slope within a tolerance, a mean below a bound) and computes a 95 %
+confidence interval over seeds:
+
+- *reproduced*: the whole interval lies inside the region;
+- *not reproduced*: the whole interval lies outside it;
+- *inconclusive*: the interval straddles the border, so that the seeds do not decide.
+
+A null effect therefore comes out as *reproduced* in at most 2.5 % of all experiments with normal
+noise (one tail of a 95 % interval). Intervals are Student's t over seeds: with five seeds a
+bootstrap has too few distinct resamples to keep its promise, the t interval keeps it.
+
+A method that diverges (a value that is not finite) has not reproduced its claim. A baseline that
+diverges makes a comparison inconclusive: beating it would prove only that it was badly tuned.
+"""
+
+import html
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+MIME = "application/vnd.miniature.claims+json"
+VERDICTS = ("reproduced", "inconclusive", "not reproduced")
+SYMBOLS = {"reproduced": "✓", "inconclusive": "~", "not reproduced": "✗"}
+_COLORS = {  # JupyterLab's theme colors, with fallbacks that read on white and on black
+    "reproduced": "var(--jp-success-color1, #1b8a3a)",
+    "inconclusive": "var(--jp-warn-color0, #b36200)",
+    "not reproduced": "var(--jp-error-color1, #c92a2a)",
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of a paper, measured. Made by the checks of this module.
+
+    Attributes
+    ----------
+    id, claim : str
+        The card's id ("C1") and the claim in words.
+    kind : str
+        The check: compare, close, slope, bound, order or all_of.
+    paper : str
+        What the paper reports.
+    measured : float or None
+        The estimate, in `unit`. None for a claim of several parts.
+    interval : tuple of float or None
+        Its 95 % confidence interval. None where nothing is estimated (an identity).
+    verdict : {"reproduced", "inconclusive", "not reproduced"}
+    control : bool
+        True for a comparison that the method under test takes part in: with the baseline in the
+        method's place (``control=True``) it must not come out as reproduced.
+    detail, reason : str
+        What was measured in words; why a claim failed, found by experiment.
+    parts : tuple of Claim
+    """
+
+    id: str
+    claim: str
+    kind: str
+    paper: str
+    verdict: str
+    measured: float | None = None
+    interval: tuple | None = None
+    unit: str = ""
+    control: bool = False
+    detail: str = ""
+    reason: str = ""
+    parts: tuple = ()
+
+    def note(self, reason):
+        """Return the claim with the reason, found by experiment, why it came out as it did."""
+        return replace(self, reason=reason)
+
+    def record(self):
+        """Return the claim as the JSON object that notebooks carry."""
+        return {
+            "id": self.id,
+            "claim": self.claim,
+            "kind": self.kind,
+            "paper_value": self.paper,
+            "measured": _finite(self.measured),
+            "interval": None if self.interval is None else [_finite(v) for v in self.interval],
+            "unit": self.unit,
+            "verdict": self.verdict,
+            "control": self.control,
+            "detail": self.detail,
+            "note": self.reason,
+            "parts": [p.record() for p in self.parts],
+        }
+
+
+def interval(values, level=0.95):
+    """Return the mean over seeds and its two-sided Student t interval.
+
+    Parameters
+    ----------
+    values : array_like, shape [S, ...]
+        One value per seed on the first axis; at least three seeds.
+    level : float
+        Coverage.
+
+    Returns
+    -------
+    mean, lo, hi : numpy.ndarray, shape [...]
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than three seeds: an interval from two has no use.
+    """
+    from scipy.special import stdtrit
+
+    x = _array(values)
+    if x.ndim == 0 or len(x) < 3:
+        raise ValueError(f"an interval needs at least 3 seeds, got shape {list(x.shape)}")
+    mean = x.mean(0)
+    half = stdtrit(len(x) - 1, (1 + level) / 2) * x.std(0, ddof=1) / math.sqrt(len(x))
+    return mean, mean - half, mean + half
+
+
+def compare(
+    id, claim, ours, baseline, *, paper, larger=True, margin=0.0, ratio=None, unit="", subject=True
+):
+    """Check that a method beats a baseline by more than a margin, paired over seeds.
+
+    Parameters
+    ----------
+    id, claim : str
+        The card's id and the claim in words (no number that varies between machines).
+    ours, baseline : array_like, shape [S]
+        One value per seed; the same seed at the same place in both.
+    paper : str
+        What the paper reports.
+    larger : bool
+        Whether larger values are better.
+    margin : float
+        The size of the effect that the claim states, in the unit of the values.
+    ratio : float, optional
+        Check ``ours / baseline`` against this ratio instead (below it with ``larger=False``,
+        above it with ``larger=True``), by the t interval of the paired log-ratio. All values
+        must be positive.
+    unit : str
+        Unit of the difference, for the table.
+    subject : bool
+        False for a comparison that the method under test takes no part in.
+
+    Returns
+    -------
+    Claim
+        `measured` is the mean paired difference ours - baseline, or the geometric mean ratio.
+
+    Raises
+    ------
+    ValueError
+        If the arrays are not paired, or a ratio is asked for and a value is not positive.
+    """
+    a, b = _array(ours), _array(baseline)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(
+            f"ours and baseline must be paired over seeds, shape [S]; got {list(a.shape)} and "
+            f"{list(b.shape)}"
+        )
+    base = {"id": id, "claim": claim, "kind": "compare", "paper": paper, "control": subject}
+    diverged = _diverged(a, b)
+    if diverged:
+        return Claim(**base, **diverged)
+    if ratio is None:
+        mean, lo, hi = (float(v) for v in interval(a - b))
+        edge = margin if larger else -margin
+        detail = f"{_number(a.mean())} against {_number(b.mean())}"
+    else:
+        if (a <= 0).any() or (b <= 0).any() or ratio <= 0:
+            raise ValueError("a ratio needs positive values")
+        mean, lo, hi = (float(np.exp(v)) for v in interval(np.log(a) - np.log(b)))
+        edge, unit = ratio, unit or "×"
+        detail = f"{_number(a.mean())} against {_number(b.mean())}"
+    verdict = _beyond(lo, hi, edge, larger)
+    return Claim(
+        **base, verdict=verdict, measured=mean, interval=(lo, hi), unit=unit, detail=detail
+    )
+
+
+def close(id, claim, measured, expected, *, tol, paper, relative=False):
+    """Check an identity: the largest deviation is within a tolerance.
+
+    Parameters
+    ----------
+    id, claim, paper : str
+        As in `compare`.
+    measured, expected : array_like
+        Same shape, or broadcastable. Everything is checked; nothing is averaged.
+    tol : float
+        Largest deviation admitted, absolute, or relative to the largest expected magnitude.
+    relative : bool
+        Whether `tol` is relative.
+
+    Returns
+    -------
+    Claim
+        `measured` is the largest deviation. An identity is never inconclusive.
+    """
+    a, b = _array(measured), _array(expected)
+    error = float(np.max(np.abs(a - b))) if np.isfinite(a).all() else math.inf
+    if relative:
+        error /= float(np.max(np.abs(b)))
+    verdict = "reproduced" if error <= tol else "not reproduced"
+    kind = "relative" if relative else "absolute"
+    return Claim(id, claim, "close", paper, verdict, error, unit=f"({kind} error; at most {tol:g})")
+
+
+def slope(id, claim, x, y, *, expected, tol, paper, loglog=True):
+    """Check a rate: the slope of y against x lies within a tolerance of the expected one.
+
+    Parameters
+    ----------
+    id, claim, paper : str
+        As in `compare`.
+    x : array_like, shape [T]
+    y : array_like, shape [S, T] or [T]
+        A curve per seed. The slope is fitted to each; the interval is over seeds. For a single
+        curve it comes from the residuals of the fit.
+    expected, tol : float
+        The region is ``[expected - tol, expected + tol]``.
+    loglog : bool
+        Fit log y against log x: the exponent of a power law.
+
+    Raises
+    ------
+    ValueError
+        If fewer than three points are given, shapes do not fit, or a logarithm is not defined.
+    """
+    x, y = _array(x), _array(y)
+    if x.ndim != 1 or len(x) < 3 or y.shape[-1] != len(x) or y.ndim > 2:
+        raise ValueError(
+            f"x must have shape [T], T >= 3, and y [S, T] or [T]; got {list(x.shape)} and "
+            f"{list(y.shape)}"
+        )
+    if not np.isfinite(y).all():
+        return Claim(id, claim, "slope", paper, "not reproduced", detail="diverged")
+    if loglog:
+        if (x <= 0).any() or (y <= 0).any():
+            raise ValueError("a log-log slope needs positive x and y")
+        x, y = np.log(x), np.log(y)
+    centered = x - x.mean()
+    slopes = y @ centered / (centered @ centered)
+    if y.ndim == 2:
+        mean, lo, hi = (float(v) for v in interval(slopes))
+    else:
+        from scipy.special import stdtrit
+
+        residual = y - y.mean() - slopes * centered
+        error = math.sqrt(residual @ residual / (len(x) - 2) / (centered @ centered))
+        half = stdtrit(len(x) - 2, 0.975) * error
+        mean, lo, hi = float(slopes), float(slopes - half), float(slopes + half)
+    verdict = _within(lo, hi, expected - tol, expected + tol)
+    return Claim(
+        id, claim, "slope", paper, verdict, mean, (lo, hi), f"(expected {expected:g} ± {tol:g})"
+    )
+
+
+def bound(id, claim, values, *, upper=None, lower=None, paper, every=False, unit=""):
+    """Check that a quantity stays below (or above, or between) given bounds.
+
+    Parameters
+    ----------
+    id, claim, paper : str
+        As in `compare`.
+    values : array_like, shape [S], or any shape with ``every=True``
+        One value per seed: the mean over seeds is checked by its interval.
+    upper, lower : float, optional
+        At least one of them.
+    every : bool
+        Check every single value instead of the mean: an invariant, never inconclusive.
+    unit : str
+
+    Raises
+    ------
+    ValueError
+        If no bound is given.
+    """
+    if upper is None and lower is None:
+        raise ValueError("a bound needs upper=, lower= or both")
+    x = _array(values)
+    below = -math.inf if lower is None else lower
+    above = math.inf if upper is None else upper
+    ends = [
+        f"{word} {edge:g}"
+        for word, edge in (("at least", lower), ("at most", upper))
+        if edge is not None
+    ]
+    unit = f"{unit} ({', '.join(ends)})".strip()
+    if not np.isfinite(x).all():
+        return Claim(id, claim, "bound", paper, "not reproduced", unit=unit, detail="diverged")
+    if every:
+        lo, hi = float(x.min()), float(x.max())
+        verdict = "reproduced" if below <= lo and hi <= above else "not reproduced"
+        worst = hi if lower is None or hi > above else lo
+        return Claim(id, claim, "bound", paper, verdict, worst, unit=unit, detail="the worst value")
+    mean, lo, hi = (float(v) for v in interval(x))
+    return Claim(
+        id, claim, "bound", paper, _within(lo, hi, below, above), mean, (lo, hi), unit=unit
+    )
+
+
+def order(id, claim, values, *, increasing=True, paper, subject=True, unit=""):
+    """Check that several conditions come in the stated order.
+
+    Parameters
+    ----------
+    id, claim, paper : str
+        As in `compare`.
+    values : dict of str to array_like, shape [S]
+        Conditions in the order in which they should rise (or fall), paired over seeds.
+    increasing : bool
+        Whether they should rise.
+    subject : bool
+        As in `compare`.
+    unit : str
+
+    Returns
+    -------
+    Claim
+        *reproduced* when every step is beyond zero, *not reproduced* when one goes the other way
+        or stands still, at a joint level of 95 % (Bonferroni over the steps). `measured` is the
+        weakest step.
+    """
+    labels, rows = list(values), [_array(v) for v in values.values()]
+    if len(rows) < 2 or len({r.shape for r in rows}) > 1 or rows[0].ndim != 1:
+        raise ValueError("order needs two or more conditions, each of shape [S]")
+    base = {"id": id, "claim": claim, "kind": "order", "paper": paper, "control": subject}
+    if not all(np.isfinite(r).all() for r in rows):
+        return Claim(**base, verdict="not reproduced", detail="diverged")
+    steps = np.diff(np.stack(rows), axis=0).T  # [S, conditions - 1]
+    mean, lo, hi = interval(steps if increasing else -steps, 1 - 0.05 / (len(rows) - 1))
+    verdicts = [_beyond(a, b, 0.0, True) for a, b in zip(lo, hi)]
+    weakest = int(np.argmin(lo))
+    return Claim(
+        **base,
+        verdict=_worst(verdicts),
+        measured=float(mean[weakest]),
+        interval=(float(lo[weakest]), float(hi[weakest])),
+        unit=f"{unit} ({labels[weakest]} to {labels[weakest + 1]})".strip(),
+        detail=", ".join(f"{k}: {_number(r.mean())}" for k, r in zip(labels, rows)),
+    )
+
+
+def all_of(id, claim, *parts, paper):
+    """Join the parts of one claim: it stands only if every part does.
+
+    Parameters
+    ----------
+    id, claim, paper : str
+        As in `compare`.
+    *parts : Claim
+        With ids of their own, e.g. "C1a". The worst verdict is the claim's.
+    """
+    if not parts:
+        raise ValueError(f"claim {id} has no parts")
+    return Claim(
+        id,
+        claim,
+        "all_of",
+        paper,
+        _worst([p.verdict for p in parts]),
+        control=any(p.control for p in parts),
+        parts=tuple(parts),
+    )
+
+
+class Table:
+    """The verdict table of a notebook: shown by JupyterLab, read by the report and the tests.
+
+    Parameters
+    ----------
+    run : miniature.scale.Run
+        Names the paper, the profile and the seed.
+    claims : sequence of Claim
+        One per claim of the paper, with distinct ids.
+    """
+
+    def __init__(self, run, claims):
+        self.run = run
+        self.claims = list(claims)
+        ids = [c.id for c in self.claims]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"claim ids must be distinct, got {ids}")
+
+    def record(self):
+        """Return the record that the notebook carries under `MIME`."""
+        return {
+            "paper": self.run.slug,
+            "scale": self.run.scale,
+            "seed": self.run.seed,
+            "control": self.run.control,
+            "claims": [c.record() for c in self.claims],
+        }
+
+    def text(self):
+        """Return id, verdict and claim, a line each: nothing that varies between machines."""
+        return "\n".join(f"{c.id:4} {c.verdict:15} {c.claim}" for c in self.claims)
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {MIME: self.record(), "text/html": self.html(), "text/plain": self.text()}
+
+    def html(self):
+        """Return the table as HTML in the colors of the JupyterLab theme."""
+        rows = []
+        for claim in self.claims:
+            rows.append(_row(claim, part=False))
+            rows += [_row(part, part=True) for part in claim.parts]
+        head = "".join(
+            f'<th scope="col" style="text-align:left;padding:4px 10px">{h}</th>'
+            for h in ("", "Claim", "Paper", "Measured here, 95 % interval", "Verdict")
+        )
+        return (
+            '<table style="border-collapse:collapse;font-size:13px;color:inherit">'
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        )
+
+
+def _row(c, part):
+    measured = "" if c.measured is None else f"{_number(c.measured)}"
+    if c.interval is not None:
+        measured += f" [{_number(c.interval[0])}, {_number(c.interval[1])}]"
+    measured = " ".join(filter(None, [measured, c.unit]))
+    small = '<div style="opacity:.75;font-size:12px">{}</div>'
+    text = html.escape(c.claim) + (small.format(html.escape(c.reason)) if c.reason else "")
+    value = html.escape(measured) + (small.format(html.escape(c.detail)) if c.detail else "")
+    verdict = (
+        f'<span style="color:{_COLORS[c.verdict]};font-weight:600;white-space:nowrap">'
+        f"{SYMBOLS[c.verdict]} {c.verdict}</span>"
+    )
+    cell = '<td style="text-align:left;vertical-align:top;padding:4px 10px;white-space:normal">'
+    style = "opacity:.85;font-size:12px" if part else "border-top:1px solid var(--jp-border-color1)"
+    cells = "".join(
+        f"{cell}{x}</td>" for x in (html.escape(c.id), text, html.escape(c.paper), value, verdict)
+    )
+    return f'<tr style="{style}">{cells}</tr>'
+
+
+def _array(values):
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    elif isinstance(values, (list, tuple)):
+        values = [_array(v) for v in values]
+    return np.asarray(values, dtype=np.float64)
+
+
+def _diverged(ours, baseline):
+    if not np.isfinite(ours).all():
+        return {"verdict": "not reproduced", "detail": "the method diverged"}
+    if not np.isfinite(baseline).all():
+        return {"verdict": "inconclusive", "detail": "the baseline diverged: tune it"}
+    return None
+
+
+def _beyond(lo, hi, edge, larger):
+    """Verdict for an interval against the half-line beyond `edge`."""
+    if not larger:
+        lo, hi, edge = -hi, -lo, -edge
+    return "reproduced" if lo > edge else "not reproduced" if hi <= edge else "inconclusive"
+
+
+def _within(lo, hi, below, above):
+    """Verdict for an interval against the region [below, above]."""
+    if below <= lo and hi <= above:
+        return "reproduced"
+    return "not reproduced" if hi < below or lo > above else "inconclusive"
+
+
+def _worst(verdicts):
+    return max(verdicts, key=VERDICTS.index)
+
+
+def _finite(value):
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _number(value):
+    """Four significant digits, without an exponent where it reads well."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if 1e-3 <= abs(value) < 1e6:
+        digits = max(0, 3 - math.floor(math.log10(abs(value))))
+        return f"{value:.{min(digits, 4)}f}"
+    return f"{value:.2e}"
