@@ -102,8 +102,10 @@ def open_and_run(page, url, path):
 def wait_until_run(page, timeout=180):
     """Wait until no cell is queued or running."""
     page.wait_for_function(
-        """() => { const p = [...document.querySelectorAll('.jp-InputPrompt')].map(e => e.innerText);
-                   return p.some(t => /\\[\\d+\\]/.test(t)) && !p.some(t => t.includes('*')); }""",
+        """() => {
+            const p = [...document.querySelectorAll('.jp-InputPrompt')].map(e => e.innerText);
+            return p.some(t => /\\[\\d+\\]/.test(t)) && !p.some(t => t.includes('*'));
+        }""",
         timeout=timeout * 1000,
     )
 

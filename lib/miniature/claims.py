@@ -25,7 +25,7 @@ import numpy as np
 MIME = "application/vnd.miniature.claims+json"
 VERDICTS = ("reproduced", "inconclusive", "not reproduced")
 SYMBOLS = {"reproduced": "✓", "inconclusive": "~", "not reproduced": "✗"}
-_COLORS = {  # JupyterLab's theme colors, with fallbacks that read on white and on black
+COLORS = {  # JupyterLab's theme colors, with fallbacks that read on white and on black
     "reproduced": "var(--jp-success-color1, #1b8a3a)",
     "inconclusive": "var(--jp-warn-color0, #b36200)",
     "not reproduced": "var(--jp-error-color1, #c92a2a)",
@@ -430,7 +430,7 @@ def _row(c, part):
     text = html.escape(c.claim) + (small.format(html.escape(c.reason)) if c.reason else "")
     value = html.escape(measured) + (small.format(html.escape(c.detail)) if c.detail else "")
     verdict = (
-        f'<span style="color:{_COLORS[c.verdict]};font-weight:600;white-space:nowrap">'
+        f'<span style="color:{COLORS[c.verdict]};font-weight:600;white-space:nowrap">'
         f"{SYMBOLS[c.verdict]} {c.verdict}</span>"
     )
     cell = '<td style="text-align:left;vertical-align:top;padding:4px 10px;white-space:normal">'
