@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from miniature.stack import Stack, clip
+from miniature.stack import cross_entropy as fast_cross_entropy
 
 N, STEPS, BATCH = 4, 12, 8
 OPTIMIZERS = {
@@ -134,6 +135,21 @@ def test_dropout_differs_between_copies_and_is_off_in_evaluation():
     grad, _ = stack.grad(lambda m, x: m(x).sum(), x)
     assert not torch.equal(grad[0], grad[1])
     assert torch.equal(*stack(x))
+
+
+def test_the_fast_cross_entropy_is_pytorchs():
+    g = torch.Generator().manual_seed(0)
+    logits = 50 * torch.randn(7, 5, 4, generator=g, dtype=torch.float64)
+    y = torch.randint(4, (7, 5), generator=g)
+    theirs = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    torch.testing.assert_close(fast_cross_entropy(logits, y), theirs, atol=1e-13, rtol=1e-13)
+    stack = Stack.init(mlp, range(N), dtype=torch.float64)
+    x, y = (t[0] for t in data(torch.float64))
+    for a, b in zip(
+        stack.grad(cross_entropy, x, y),
+        stack.grad(lambda m, x, y: fast_cross_entropy(m(x), y), x, y),
+    ):
+        torch.testing.assert_close(a, b, atol=1e-14, rtol=1e-12)
 
 
 def test_accuracy_and_clip():
