@@ -9,7 +9,7 @@ import pytest
 from miniature import claims
 from miniature.claims import MIME, Table, all_of, bound, close, compare, interval, order, slope
 
-RUN = SimpleNamespace(slug="fedspeed", scale="mini", seed=0, control=False)
+RUN = SimpleNamespace(slug="fedspeed", scale="mini", seed=0, device="cpu", control=False)
 EXPERIMENTS, SEEDS = 2000, 5
 NOISE = {
     "normal": lambda g, shape: g.normal(size=shape),

@@ -22,9 +22,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-MIME = "application/vnd.miniature.claims+json"
-VERDICTS = ("reproduced", "inconclusive", "not reproduced")
-SYMBOLS = {"reproduced": "✓", "inconclusive": "~", "not reproduced": "✗"}
+from .run import MIME, SYMBOLS, VERDICTS
+
 COLORS = {  # JupyterLab's theme colors, with fallbacks that read on white and on black
     "reproduced": "var(--jp-success-color1, #1b8a3a)",
     "inconclusive": "var(--jp-warn-color0, #b36200)",
@@ -394,6 +393,7 @@ class Table:
             "paper": self.run.slug,
             "scale": self.run.scale,
             "seed": self.run.seed,
+            "device": str(self.run.device),
             "control": self.run.control,
             "claims": [c.record() for c in self.claims],
         }
