@@ -4,6 +4,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, NoReturn
 
 import typer
@@ -38,7 +39,6 @@ STATUSES = (
     "inconclusive",
     "not reproduced",
 )
-SYMBOLS = {"reproduced": "✓", "inconclusive": "~", "not reproduced": "✗"}
 STYLES = {"reproduced": "green", "inconclusive": "yellow", "not reproduced": "red"}
 
 Slugs = Annotated[
@@ -106,7 +106,7 @@ def list_papers(
     counts = [v for e in entries for v in e["verdicts"].values()]
     console.print(
         f"{len(entries)} papers, {finished} finished; {len(counts)} claims: "
-        + ", ".join(f"{SYMBOLS[v]} {counts.count(v)} {v}" for v in runner.VERDICTS),
+        + ", ".join(f"{runner.SYMBOLS[v]} {counts.count(v)} {v}" for v in runner.VERDICTS),
         highlight=False,
     )
 
@@ -203,13 +203,17 @@ def refresh(
     """Run notebooks with their own parameters and store the outputs in them.
 
     Writes into notebooks/, whole or not at all. What a failing notebook had reached goes to
-    runs/SLUG.failed.ipynb, and the notebook stays as it was.
+    runs/SLUG.failed.ipynb, and the notebook stays as it was. The index is run last, so that its
+    table shows the new verdicts.
     """
-    todo = [
-        runner.make_job(p, papers.root() / "runs", {}, in_place=True, timeout=timeout)
-        for p in _chosen(slugs, field, all_papers)
-    ]
-    results = _execute(todo, _n_jobs(jobs, "auto"))
+
+    def job(paper):
+        return runner.make_job(paper, papers.root() / "runs", {}, in_place=True, timeout=timeout)
+
+    results = _execute([job(p) for p in _chosen(slugs, field, all_papers)], _n_jobs(jobs, "auto"))
+    front = papers.root() / "notebooks" / "index.ipynb"
+    if front.exists():
+        results += _execute([job(SimpleNamespace(slug="index", field="", notebook=front))], 1)
     _summarize(results)
     _exit(results)
 
@@ -501,7 +505,7 @@ def _verdicts(verdicts):
     """Claims and verdicts as text in color: ``C1 ✓  C2 ✗``."""
     from rich.text import Text
 
-    parts = [(f"{i} {SYMBOLS[v]}", STYLES[v]) for i, v in verdicts.items()]
+    parts = [(f"{i} {runner.SYMBOLS[v]}", STYLES[v]) for i, v in verdicts.items()]
     return Text("  ").join(Text(*p) for p in parts)
 
 

@@ -1,0 +1,23 @@
+"""Small reference architectures, and tiny trained checkpoints.
+
+No model keeps running statistics, so `miniature.stack.Stack` can stack them all.
+"""
+
+from .checkpoints import load, meta, names
+from .cnn import CNN
+from .gpt import GPT, KVCache, rope
+from .mlp import MLP
+from .resnet import ResNet, resnet18_gn
+
+__all__ = [
+    "CNN",
+    "GPT",
+    "MLP",
+    "KVCache",
+    "ResNet",
+    "load",
+    "meta",
+    "names",
+    "resnet18_gn",
+    "rope",
+]
