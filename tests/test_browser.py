@@ -1,5 +1,6 @@
 """A person's way through: JupyterLab in a browser, a slider, and the report page."""
 
+import json
 import os
 import shutil
 import socket
@@ -11,6 +12,8 @@ import urllib.request
 import pytest
 
 from miniature import papers
+
+playwright = pytest.importorskip("playwright.sync_api")
 
 ROOT = papers.root()
 CHROMIUM = next(
@@ -34,7 +37,6 @@ QUIET = [
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield chromium
@@ -45,7 +47,15 @@ def browser():
 def lab(tmp_path_factory):
     """JupyterLab on loopback over a copy of the notebooks (the browser saves what it runs)."""
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    for source in (ROOT / "notebooks").rglob("*.ipynb"):
+        nb = json.loads(source.read_text(encoding="utf-8"))
+        nb["metadata"].pop("widgets", None)
+        for cell in nb["cells"]:  # without outputs: what the page shows has been run in it
+            if cell["cell_type"] == "code":
+                cell |= {"outputs": [], "execution_count": None}
+        copy = folder / source.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(json.dumps(nb))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -53,6 +63,9 @@ def lab(tmp_path_factory):
     options = [f"--port={port}", "--ip=127.0.0.1", "--no-browser", "--allow-root"]
     options += ["--IdentityProvider.token=", "--ServerApp.password=", "--port-retries=0"]
     options.append("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate")
+    tracker = config / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text('{"windowingMode": "none"}')  # cells out of sight stay in the page
     env = os.environ | {
         "JUPYTER_CONFIG_DIR": str(config),
         "JUPYTERLAB_SETTINGS_DIR": str(config / "settings"),
@@ -91,22 +104,24 @@ def shortest():
 
 
 def open_and_run(page, url, path):
+    """Open a notebook, run all its cells, and wait for the last one."""
     page.goto(f"{url}/lab/tree/{path}?reset", timeout=90_000)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
-    # The kernel is ready when its status says so.
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
+    for _ in range(240):
+        with urllib.request.urlopen(f"{url}/api/sessions", timeout=5) as reply:
+            sessions = json.load(reply)
+        states = [s["kernel"] for s in sessions if s["path"] == path]
+        if any(k["execution_state"] == "idle" and k["connections"] for k in states):
+            break
+        page.wait_for_timeout(250)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-
-
-def wait_until_run(page, timeout=180):
-    """Wait until no cell is queued or running."""
     page.wait_for_function(
         """() => {
-            const p = [...document.querySelectorAll('.jp-InputPrompt')].map(e => e.innerText);
-            return p.some(t => /\\[\\d+\\]/.test(t)) && !p.some(t => t.includes('*'));
+            const code = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')];
+            return code.length && code.every(e => /\\[\\d+\\]/.test(e.innerText));
         }""",
-        timeout=timeout * 1000,
+        timeout=180_000,
     )
 
 
@@ -114,7 +129,6 @@ def test_a_paper_runs_in_jupyterlab_and_its_slider_redraws(browser, lab):
     paper = shortest()
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     open_and_run(page, lab, f"notebooks/{paper['field']}/{paper['slug']}.ipynb")
-    wait_until_run(page)
     knob = page.get_by_role("heading", name="Turn the knob").first
     knob.scroll_into_view_if_needed(timeout=60_000)
     slider = page.locator(".widget-slider [role=slider], .noUi-handle").first
@@ -140,15 +154,19 @@ def test_the_index_finds_a_paper(browser, lab):
     paper = shortest()
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     open_and_run(page, lab, "notebooks/index.ipynb")
-    wait_until_run(page, 60)
     box = page.get_by_placeholder("title, author, venue, year")
     box.scroll_into_view_if_needed(timeout=60_000)
     box.fill(paper["title"][:25])
     box.press("Enter")
-    link = page.locator(f".jupyter-widgets-output-area a[href*='{paper['slug']}.ipynb']").first
-    link.wait_for(timeout=30_000)
-    others = page.locator(".jupyter-widgets-output-area tbody tr")
-    assert others.count() < 10
+    rows = page.locator(".jupyter-widgets tbody tr, .widget-output tbody tr")
+    page.wait_for_function(
+        """() => document.querySelectorAll('.jupyter-widgets tbody tr').length in {1: 0, 2: 0}""",
+        timeout=30_000,
+    )
+    rows.get_by_role("link", name=paper["title"]).first.click()
+    page.locator(".jp-mod-current", has_text=f"{paper['slug']}.ipynb"[:15]).first.wait_for(
+        timeout=60_000
+    )
     page.close()
 
 

@@ -175,7 +175,10 @@ def test_every_claim_of_the_card_is_there(notebook):
         pytest.skip("the paper cards are not on this machine")
     wanted = dict.fromkeys(re.findall(r"^\s*[-*]\s*\**(C\d+)", card.read_text(), re.M))
     (record,) = notebook.records()
-    assert [c["id"] for c in record["claims"]] == list(wanted)
+    ids = [c["id"] for c in record["claims"]]
+    assert [i for i in ids if i in wanted] == list(wanted)
+    for extra in set(ids) - set(wanted):  # a notebook may say more than the card: "C1x"
+        assert extra[:-1] in wanted, extra
 
 
 def test_the_verdicts_are_checked_as_text(notebook):

@@ -152,6 +152,19 @@ def test_the_fast_cross_entropy_is_pytorchs():
         torch.testing.assert_close(a, b, atol=1e-14, rtol=1e-12)
 
 
+def test_clipping_is_per_copy():
+    stack = Stack.init(mlp, range(N), dtype=torch.float64)
+    x, y = (t[0] for t in data(torch.float64))
+    modules = [stack.module(i) for i in range(N)]
+    stack.step(stack.optimizer(torch.optim.SGD, lr=1.0), cross_entropy, x, y, max_norm=0.1)
+    for i, module in enumerate(modules):
+        cross_entropy(module, x[i], y[i]).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+        torch.optim.SGD(module.parameters(), lr=1.0).step()
+        alone = nn.utils.parameters_to_vector(module.parameters())
+        torch.testing.assert_close(stack.theta[i], alone.detach(), atol=1e-12, rtol=0)
+
+
 def test_accuracy_and_clip():
     stack = Stack.init(mlp, range(3))
     x, y = torch.randn(10, 6), torch.randint(3, (10,))

@@ -64,7 +64,9 @@ class Paper:
     field: str
     code: str | None
     note: str | None
-    notebook: Path
+    notebook: Path = dataclass_field(
+        repr=False
+    )  # an absolute path has no place in a notebook's output
     bibtex: str = field(repr=False)
 
     @property

@@ -635,11 +635,13 @@ def _with_settled_widgets(nb):
             view = output.get("data", {}).get(_WIDGET_VIEW)
             if view is None:
                 continue
-            shown = [o["data"] for o in _widget_outputs(state, view["model_id"]) if "data" in o]
-            figure = next((d for d in shown if "image/png" in d), shown[0] if shown else {})
-            for mime, content in figure.items():
+            shown = [o for o in _widget_outputs(state, view["model_id"]) if "data" in o]
+            figures = [o for o in shown if "image/png" in o["data"]] or shown
+            for mime, content in figures[0]["data"].items() if figures else ():
                 if mime != "text/plain":
                     output.data.setdefault(mime, content)
+            if figures:  # alt texts
+                output.metadata.update(figures[0].get("metadata", {}))
             if large or view["model_id"] not in state:
                 del output.data[_WIDGET_VIEW]
     if large or not state:

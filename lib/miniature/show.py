@@ -106,7 +106,10 @@ def band(ax, x, ys, label, **options):
     x, ys = _array(x), _array(ys)
     if ys.ndim != 2 or ys.shape[1] != len(x):
         raise ValueError(f"ys must have shape [S, {len(x)}], got {list(ys.shape)}")
-    options = {"color": color(label), "marker": marker(label)} | options
+    if "color" not in options:
+        options["color"] = color(label)
+    if "marker" not in options:
+        options["marker"] = marker(label) if label in _names else "o"
     options.setdefault("markevery", max(1, len(x) // 8))
     ax.plot(x, ys.mean(0), label=label, **options)
     if len(ys) >= 3:

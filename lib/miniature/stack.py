@@ -258,13 +258,18 @@ class Stack:
         optimizer.register_step_post_hook(take_fraction)
         return optimizer
 
-    def step(self, optimizer, loss, *batch):
-        """Take one optimizer step on all copies and return their losses, shape [N]."""
+    def step(self, optimizer, loss, *batch, max_norm=None):
+        """Take one optimizer step on all copies and return their losses, shape [N].
+
+        With `max_norm`, every copy's gradient is clipped to that norm first.
+        """
         self.theta.grad, value = self.grad(loss, *batch, out=self.theta.grad)
+        if max_norm is not None:
+            clip(self.theta.grad, max_norm)
         optimizer.step()
         return value
 
-    def train(self, loss, batches, optimizer):
+    def train(self, loss, batches, optimizer, max_norm=None):
         """Take one step per batch.
 
         Parameters
@@ -275,13 +280,17 @@ class Stack:
             Each tensor of shape [N, ...].
         optimizer : torch.optim.Optimizer
             From `optimizer`.
+        max_norm : float, optional
+            Clip every copy's gradient to this norm.
 
         Returns
         -------
         torch.Tensor, shape [T, N]
             The losses before each step.
         """
-        return torch.stack([self.step(optimizer, loss, *batch) for batch in batches])
+        return torch.stack(
+            [self.step(optimizer, loss, *batch, max_norm=max_norm) for batch in batches]
+        )
 
     def module(self, i, theta=None):
         """Return copy i as an ordinary module of its own."""

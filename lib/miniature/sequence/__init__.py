@@ -1,0 +1,1 @@
+"""Sequence models: attention and state-space layers, decoding, in-context learning."""
