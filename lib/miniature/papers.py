@@ -64,9 +64,7 @@ class Paper:
     field: str
     code: str | None
     note: str | None
-    notebook: Path = dataclass_field(
-        repr=False
-    )  # an absolute path has no place in a notebook's output
+    notebook: Path = field(repr=False)  # absolute: not for a notebook's output
     bibtex: str = field(repr=False)
 
     @property

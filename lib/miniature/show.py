@@ -177,6 +177,7 @@ def source(obj, start=None, end=None):
     """
     from IPython.display import Markdown, display
 
+    obj = getattr(obj, "py_func", obj)  # what numba compiled
     lines, first = inspect.getsourcelines(obj)
     first = max(first, 1)
     a = _find(lines, start, 0, obj) if start else 0

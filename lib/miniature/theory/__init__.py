@@ -1,0 +1,5 @@
+"""Theory: problem generators, algorithms and the curves they are judged by.
+
+Engines: `search` (exact and classical nearest-neighbor search, recall, distance evaluations).
+A paper is one file beside its engine.
+"""
