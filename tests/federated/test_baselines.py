@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from miniature.federated.baselines import FedAvg, FedDyn, FedProx, FedSAM, Scaffold, ascend
-from miniature.federated.engine import Quadratics, federate
+from miniature.federated.engine import federate
+from miniature.federated.objectives import Quadratics
 
 ROUNDS, K, ACTIVE, LR = 6, 4, 3, 0.07
 

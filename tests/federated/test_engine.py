@@ -5,7 +5,8 @@ import torch
 
 from miniature import data
 from miniature.federated.baselines import FedAvg, FedProx, Scaffold
-from miniature.federated.engine import Classification, Method, Quadratics, federate, per_run
+from miniature.federated.engine import Method, federate, per_run
+from miniature.federated.objectives import Classification, Quadratics
 from miniature.models import MLP
 from miniature.stack import Stack
 
@@ -161,10 +162,10 @@ def test_decay_multiplies_the_local_rate():
 def test_history_records_when_asked_and_at_the_end():
     q = Quadratics.random([0, 1], 3, 2)
     start = torch.zeros(2, 2, dtype=DOUBLE)
-    h = federate(FedAvg(0.1), q, start, rounds=7, steps=2, seeds=[0, 1], metric=q.loss, every=3)
+    h = federate(FedAvg(0.1), q, start, rounds=7, steps=2, seeds=[0, 1], metric=q.excess, every=3)
     assert h.rounds.tolist() == [3, 6, 7]
     assert h.metric.shape == h.drift.shape == (2, 3)
-    torch.testing.assert_close(h.metric[:, -1], q.loss(h.theta))
+    torch.testing.assert_close(h.metric[:, -1], q.excess(h.theta))
     one = federate(FedAvg(0.1), q, start, rounds=1, steps=1, seeds=[0, 1])
     expected = (0.1 * q.b).square().sum(-1).mean(1)  # from 0 the gradient is -b_i
     torch.testing.assert_close(one.drift[:, 0], expected)
@@ -197,12 +198,12 @@ def test_quadratics_know_their_optimum():
     active = torch.arange(4).expand(3, 4)
     g = q.grad(best[:, None].expand(3, 4, 6), active, q.batches(active, 1, [0, 1, 2], 0)[0])
     assert g.mean(1).abs().max() < 1e-12 and g.abs().max() > 0.1
-    assert q.loss(best).abs().max() < 1e-12
+    assert q.excess(best).abs().max() < 1e-12
     x = best + 0.1 * torch.randn(3, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     f = 0.5 * torch.einsum("sd,scde,se->sc", x, q.A, x) - torch.einsum("scd,sd->sc", q.b, x)
     at = 0.5 * torch.einsum("sd,scde,se->sc", best, q.A, best)
     at = at - torch.einsum("scd,sd->sc", q.b, best)
-    torch.testing.assert_close(q.loss(x), (f - at).mean(1))
+    torch.testing.assert_close(q.excess(x), (f - at).mean(1))
     assert Quadratics.random([1], 4, 6, heterogeneity=0.0).optimum().abs().max() < 1e-12
 
 

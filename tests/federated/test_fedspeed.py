@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from miniature.federated.baselines import FedDyn
-from miniature.federated.engine import Quadratics, federate
+from miniature.federated.engine import federate
 from miniature.federated.fedspeed import FedSpeed, FedSpeedReleased
+from miniature.federated.objectives import Quadratics
 
 GPU = (
     pytest.mark.gpu,

@@ -7,6 +7,8 @@
   ICML 2020, Algorithm 1 with option II.
 - FedDyn: Acar et al., *Federated Learning Based on Dynamic Regularization*, ICLR 2021, Algorithm 1.
 - FedSAM: Qu et al., *Generalized Federated Learning via Sharpness Aware Minimization*, ICML 2022.
+- FedAdam: Reddi et al., *Adaptive Federated Optimization*, ICLR 2021, Algorithm 2.
+- FedBuff: Nguyen et al., *Federated Learning with Buffered Asynchronous Aggregation*, AISTATS 2022.
 """
 
 import torch
@@ -36,12 +38,14 @@ class Scaffold(Method):
     """Control variates: local steps follow g - c_i + c.
 
     The server moves by the mean of the local changes, and c by the sum of the control changes over
-    all clients. A client sends two vectors.
+    all clients. A client sends two vectors and receives two.
 
     Parameters
     ----------
     lr : float or sequence of S floats
     """
+
+    downloads = ("c",)
 
     def client_state(self, zeros):
         return {"c": zeros}
@@ -56,18 +60,18 @@ class Scaffold(Method):
         c_new = c.client["c"] - c.server["c"][:, None] + (c.x0 - x) / (c.K * c.lr)
         change = c_new - c.client["c"]
         c.client["c"] = c_new
-        return {"x": x - c.x0, "c": change}
+        return {"delta": c.send(x - c.x0), "c": c.send(change)}
 
     def server_step(self, theta, message, c):
-        c.server["c"] = c.server["c"] + message["c"].sum(1) / c.n_clients
-        return theta + message["x"].mean(1)
+        c.server["c"] = c.server["c"] + c.sum(message["c"]) / c.n_clients
+        return theta + c.mean(message["delta"])
 
 
 class FedDyn(Method):
     """Dynamic regularization: f_i(x) - <g_i, x> + alpha/2 ||x - x^t||^2.
 
-    After the round g_i <- g_i - alpha (x_i - x^t); the server keeps h, the sum of these changes
-    over all clients, and sets x^{t+1} = mean of the active x_i - h / alpha.
+    After the round g_i <- g_i - alpha (x_i - x^t); the server keeps h, the mean of g_i over all
+    clients, and sets x^{t+1} = mean of the active x_i - h / alpha.
 
     Parameters
     ----------
@@ -89,13 +93,12 @@ class FedDyn(Method):
 
     def message(self, x, c):
         c.client["g"] = c.client["g"] - per_run(self.alpha, x) * (x - c.x0)
-        return {"x": x}
+        return {"delta": c.send(x - c.x0)}
 
     def server_step(self, theta, message, c):
-        moved = (message["x"] - theta[:, None]).sum(1, keepdim=True) / c.n_clients
-        alpha = per_run(self.alpha, theta)
-        c.server["h"] = c.server["h"] - (alpha * moved)[:, 0]
-        return message["x"].mean(1) - (c.server["h"][:, None] / alpha)[:, 0]
+        alpha = per_run(self.alpha, theta).reshape(-1, 1)
+        c.server["h"] = c.server["h"] - alpha * c.sum(message["delta"]) / c.n_clients
+        return theta + c.mean(message["delta"]) - c.server["h"] / alpha
 
 
 class FedSAM(Method):
@@ -112,6 +115,54 @@ class FedSAM(Method):
 
     def local_step(self, x, grad, c):
         return x - c.lr * grad(ascend(x, grad(x), per_run(self.rho, x)))
+
+
+class FedAdam(Method):
+    """Adam on the server: the mean change of the clients is its pseudo-gradient.
+
+    m <- b1 m + (1 - b1) delta, v <- b2 v + (1 - b2) delta^2, x <- x + eta m / (sqrt(v) + tau).
+
+    Parameters
+    ----------
+    lr, eta : float or sequence of S floats
+        Local and server learning rates.
+    b1, b2, tau : float
+        Decay of the moments, and the degree of adaptivity (v starts at tau^2).
+    """
+
+    def __init__(self, lr, eta=0.01, b1=0.9, b2=0.99, tau=1e-3):
+        super().__init__(lr)
+        self.eta, self.b1, self.b2, self.tau = eta, b1, b2, tau
+
+    def server_state(self, zeros):
+        return {"m": zeros, "v": zeros + self.tau**2}
+
+    def server_step(self, theta, message, c):
+        delta = c.mean(message["delta"])
+        m = c.server["m"] = self.b1 * c.server["m"] + (1 - self.b1) * delta
+        v = c.server["v"] = self.b2 * c.server["v"] + (1 - self.b2) * delta.square()
+        eta = per_run(self.eta, theta).reshape(-1, 1)
+        return theta + eta * m / (v.sqrt() + self.tau)
+
+
+class FedBuff(Method):
+    """A buffer of late updates, each weighted by 1 / sqrt(1 + its age).
+
+    The buffer is the participation's: ``clock(durations, steps, arrivals=size)``.
+
+    Parameters
+    ----------
+    lr, eta : float or sequence of S floats
+        Local and server learning rates.
+    """
+
+    def __init__(self, lr, eta=1.0):
+        super().__init__(lr)
+        self.eta = eta
+
+    def server_step(self, theta, message, c):
+        weight = (1 + c.age.to(theta.dtype)).rsqrt()[..., None]
+        return theta + per_run(self.eta, theta).reshape(-1, 1) * c.mean(weight * message["delta"])
 
 
 def ascend(x, g, rho):

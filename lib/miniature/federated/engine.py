@@ -1,9 +1,12 @@
 """Rounds of federated learning over stacked clients.
 
 Two leading axes carry everything: S independent runs (seeds, or seeds x hyperparameters) and the
-clients of a round. All local steps of all sampled clients of all runs are one computation on a
-tensor x of shape [S, A, P]: A active clients, P parameters. A method is its difference from this
-loop: what a client remembers, its local step, what it sends, and what the server makes of it.
+clients of a round. All local steps of all clients of all runs are one computation on a tensor x of
+shape [S, A, P]: A clients that take part, P parameters. A method is its difference from this loop:
+what a client remembers, its local step, what it sends, and what the server makes of it.
+
+Who takes part and when (`participation`), what the wire does (`compression`), who lies and how the
+server defends itself (`robust`), and noise for privacy (`privacy`) are arguments of `federate`.
 """
 
 from types import SimpleNamespace
@@ -12,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .. import data
-from ..stack import cross_entropy
+from .compression import Identity
+from .participation import Sample
+from .robust import mean
 
 
 class Method:
@@ -22,15 +26,27 @@ class Method:
     Tensors carry the runs on their first axis: ``x`` [S, A, P] on clients, ``theta`` [S, P] on the
     server. Hyperparameters are numbers, or sequences of S numbers, one a run.
 
-    The context ``c`` of a round holds ``x0`` [S, A, P] (the model that clients received),
-    ``client`` and ``server`` (the state, by name; assign to change it), ``lr`` (this round's local
-    rate), ``K`` (local steps), ``t`` (round, from 0), ``active`` [S, A] and ``n_clients``.
+    The context ``c`` of a round holds
+
+    - ``x0`` [S, A, P], the model that each client started from; ``age`` [S, A], how many server
+      steps old it is (zero unless clients are slow);
+    - ``client`` and ``server``, the state by name (assign to change it);
+    - ``lr``, this round's local rate; ``K``, the number of local steps (an int, or [S, A, 1]);
+      ``k``, the current one; ``t``, the round, from 0;
+    - ``active`` [S, A], the clients' indices, and ``present`` [S, A], false where a row is padding;
+      ``n_clients``;
+    - ``send(v)``, what the receiver gets when clients send v [S, A, P];
+    - ``mean(v)``, the server's aggregate [S, P] of what was sent, and ``sum(v)``, the plain sum;
+    - ``full_grad(x)``, the gradients of the clients' whole losses, where the objective has them.
 
     Parameters
     ----------
     lr : float or sequence of S floats
         Local learning rate.
     """
+
+    # Vectors besides theta that clients download each round, by their name in the server state.
+    downloads = ()
 
     def __init__(self, lr):
         self.lr = lr
@@ -48,44 +64,67 @@ class Method:
         return x - c.lr * grad(x)
 
     def message(self, x, c):
-        """Return what the clients send after K steps: name -> tensor [S, A, ...]."""
-        return {"x": x}
+        """Return what the clients send after K steps: name -> ``c.send(...)``."""
+        return {"delta": c.send(x - c.x0)}
 
     def server_step(self, theta, message, c):
         """Return the next global model [S, P]."""
-        return message["x"].mean(1)
+        return theta + c.mean(message["delta"])
 
 
 class History(NamedTuple):
-    """What `federate` returns.
+    """What `federate` returns; T recorded rounds.
 
     Attributes
     ----------
     theta : torch.Tensor, shape [S, P]
         The final global models.
-    metric : torch.Tensor, shape [S, T]
+    metric : torch.Tensor, shape [S, T] or [S, T, ...]
         ``metric(theta)`` after the rounds listed in `rounds`.
     rounds : torch.Tensor, shape [T]
-        Number of communication rounds at each point.
+        Number of server steps at each point.
+    time : torch.Tensor, shape [T]
+        Wall clock of the participation's event simulation, else `rounds`.
     drift : torch.Tensor, shape [S, T]
-        Mean over active clients of ||x_{i,K} - x^t||^2 in that round.
+        Mean over present clients of ||x_{i,K} - x_{i,0}||^2 in that round.
+    up, down : torch.Tensor, shape [S, T]
+        Bytes sent so far by all clients together, and to them.
+    upload : int
+        Bytes that one client sends in a round it takes part in.
     client, server : dict
         Final state, by name.
-    upload : int
-        Bytes that a client sends per round it takes part in.
     """
 
     theta: torch.Tensor
     metric: torch.Tensor
     rounds: torch.Tensor
+    time: torch.Tensor
     drift: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    upload: int
     client: dict
     server: dict
-    upload: int
 
 
 def federate(
-    method, objective, theta, *, rounds, steps, seeds, active=None, decay=1.0, metric=None, every=1
+    method,
+    objective,
+    theta,
+    *,
+    rounds,
+    steps,
+    seeds,
+    active=None,
+    decay=1.0,
+    compress=None,
+    compress_down=None,
+    attack=None,
+    aggregate=mean,
+    privacy=None,
+    metric=None,
+    every=1,
+    progress=False,
 ):
     """Run a federated method on S runs at once.
 
@@ -93,19 +132,33 @@ def federate(
     ----------
     method : Method
     objective : Quadratics, Classification or alike
-        Has ``n_clients``, ``batches(active, steps, seeds, t)`` and ``grad(x, active, batch)``.
+        Has ``n_clients``, ``batches(active, steps, seeds, t)`` and ``grad(x, active, batch)``;
+        may have ``loss(x, active, batch)`` and ``full_grad(x, active)``.
     theta : torch.Tensor, shape [S, P]
         Initial models. Left unchanged.
-    rounds, steps : int
-        Communication rounds T and local steps K.
+    rounds : int
+        Server steps T.
+    steps : int or array_like of int, shape [clients] or [S, clients]
+        Local steps K, the same for all or one per client.
     seeds : sequence of S ints
-        Draw clients and batches; runs with equal seeds see the same ones, whatever the method.
-    active : int, optional
-        Clients sampled uniformly without replacement each round. Default: all.
+        Draw clients, batches and noise; runs with equal seeds see the same ones, whatever the
+        method and whatever else is in the stack.
+    active : int or participation, optional
+        How many clients are sampled each round, or who takes part (see
+        `miniature.federated.participation`). Default: all.
     decay : float
         Factor on the local learning rate after each round.
+    compress, compress_down : compressor, optional
+        Applied to what clients send; to the change of the model that the server broadcasts.
+    attack : miniature.federated.robust.Attack, optional
+    aggregate : callable
+        The rule behind ``c.mean``: maps ([S, A, P], present [S, A]) to [S, P].
+    privacy : miniature.federated.privacy.Gaussian, optional
+        Clips what clients send and adds noise to ``c.mean``.
     metric : callable, optional
-        Maps theta [S, P] to a tensor [S]; recorded every `every` rounds and after the last.
+        Maps theta [S, P] to a tensor [S, ...]; recorded every `every` rounds and after the last.
+    progress : bool
+        Show a progress bar.
 
     Returns
     -------
@@ -114,47 +167,98 @@ def federate(
     Raises
     ------
     ValueError
-        If `active` is not between 1 and the number of clients, or lengths do not agree.
+        If the number of active clients, of seeds or of steps does not fit, or if a message holds
+        a tensor that did not go through ``c.send``.
     """
     n = objective.n_clients
-    active = n if active is None else active
-    if not 1 <= active <= n:
-        raise ValueError(f"active must be between 1 and the {n} clients, got {active}")
     if len(seeds) != len(theta):
         raise ValueError(f"{len(seeds)} seeds for {len(theta)} runs")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    who = Sample(n if active is None else active) if not callable(active) else active
+    stale = getattr(who, "stale", False)
+    if stale and compress_down is not None:
+        raise ValueError("compress_down needs clients that start from the current model")
+    wire = _Wire(seeds, theta, compress or Identity(), attack, privacy)
     theta = theta.clone()
-    S, P = theta.shape
+    S = len(theta)
     runs = torch.arange(S, device=theta.device)[:, None]
-    store = method.client_state(theta.new_zeros(S, n, P))
-    c = SimpleNamespace(server=method.server_state(torch.zeros_like(theta)), K=steps, n_clients=n)
+    K = torch.as_tensor(steps, device=theta.device)
+    if (K.ndim and K.shape[-1] != n) or (K < 1).any():
+        raise ValueError(f"steps must be positive, one number or one for each of {n} clients")
+    store = method.client_state(theta.new_zeros(S, n, theta.shape[1]))
+    c = SimpleNamespace(
+        server=method.server_state(torch.zeros_like(theta)), n_clients=n, send=wire.send
+    )
+    held = theta[:, None].repeat(1, n, 1) if stale else None  # the model that each client has
+    since = torch.zeros(S, n, dtype=torch.long, device=theta.device)
+    public = theta.clone()  # the model as clients know it, when the downlink is compressed
     generators = [np.random.default_rng([seed, 0]) for seed in seeds]
-    metrics, drifts, at, upload = [], [], [], 0
-    for c.t in range(rounds):
-        if active < n:
-            chosen = np.stack([g.permutation(n)[:active] for g in generators])
-            c.active = torch.from_numpy(chosen).to(theta.device)
+    down = theta.new_zeros(S, dtype=torch.float64)
+    extra_down = len(method.downloads) * Identity().nbytes(theta)
+    each_down = Identity().nbytes(theta) + extra_down
+    recorded = {k: [] for k in ("metric", "rounds", "time", "drift", "up", "down")}
+    for t in _bar(rounds, progress):
+        present = who(generators, n, t)
+        c.t, c.active, c.present = t, *_rows(present, theta.device)
+        wire.open(c)
+        if compress_down is not None and t > 0:
+            change = theta - public
+            public = public + compress_down(change[:, None], wire.draw_once)[:, 0]
+            each_down = compress_down.nbytes(change) + len(method.downloads) * Identity().nbytes(
+                theta
+            )
         else:
-            c.active = torch.arange(n, device=theta.device).expand(S, n)
+            public = theta
+        down += c.present.sum(1) * each_down
         c.client = {k: v[runs, c.active] for k, v in store.items()}
-        c.lr = per_run(method.lr, theta) * decay**c.t
-        c.x0 = theta[:, None].expand(S, active, P)
-        x = c.x0
-        for batch in objective.batches(c.active, steps, seeds, c.t):
-            x = method.local_step(x, lambda z, b=batch: objective.grad(z, c.active, b), c)
-        drift = (x - c.x0).square().sum(-1).mean(1)
+        before = dict(c.client)
+        c.lr = per_run(method.lr, theta) * decay**t
+        c.x0 = held[runs, c.active] if stale else public[:, None].expand(-1, c.active.shape[1], -1)
+        c.age = t - since[runs, c.active] if stale else torch.zeros_like(c.active)
+        c.K = int(K) if K.ndim == 0 else K.expand(S, n)[runs, c.active][..., None]
+        c.mean = lambda v: wire.aggregate(v, aggregate)
+        c.sum = lambda v: (v * c.present[..., None]).sum(1)
+        c.full_grad = lambda x: objective.full_grad(x, c.active)
+
+        x = local_round(method, objective, c, int(K.max()), seeds)
+        drift = (x - c.x0).square().sum(-1)
         message = method.message(x, c)
+        wire.check(message)
         theta = method.server_step(theta, message, c)
+
         for k, v in store.items():
-            v[runs, c.active] = c.client[k]
-        if (c.t + 1) % every == 0 or c.t + 1 == rounds:
-            at.append(c.t + 1)
-            drifts.append(drift)
-            metrics.append(metric(theta) if metric else drift)
-        upload = sum(m[0, 0].numel() * m.element_size() for m in message.values())
-    return History(
-        theta, torch.stack(metrics, 1), torch.tensor(at), torch.stack(drifts, 1), store, c.server,
-        upload,
-    )  # fmt: skip
+            if c.client[k] is not before[k]:
+                shape = c.present.shape + (1,) * (v.ndim - 2)
+                v[runs, c.active] = torch.where(c.present.view(shape), c.client[k], before[k])
+        if stale:
+            new = torch.where(c.present[..., None], theta[:, None], c.x0)
+            held[runs, c.active] = new
+            since[runs, c.active] = torch.where(c.present, t + 1, since[runs, c.active])
+        if (t + 1) % every == 0 or t + 1 == rounds:
+            here = c.present.sum(1).clamp(min=1)
+            drift = (drift * c.present).sum(1) / here
+            times = getattr(who, "times", None)
+            for name, value in {
+                "metric": metric(theta) if metric else drift,
+                "rounds": torch.tensor(t + 1),
+                "time": torch.tensor(t + 1.0 if times is None else times[t], dtype=torch.float64),
+                "drift": drift,
+                "up": wire.bytes,
+                "down": down,
+            }.items():
+                recorded[name].append(value.clone())
+    stacked = {k: torch.stack(v, dim=0 if v[0].ndim == 0 else 1) for k, v in recorded.items()}
+    return History(theta=theta, client=store, server=c.server, upload=wire.each, **stacked)
+
+
+def local_round(method, objective, c, steps, seeds):
+    """Run the local steps of one round and return x [S, A, P]; `c` is the round's context."""
+    x = c.x0
+    for k, batch in enumerate(objective.batches(c.active, steps, seeds, c.t)):
+        c.k = k
+        x = _masked(method, x, _Batch(objective, c.active, batch), c)
+    return x
 
 
 def per_run(value, like):
@@ -163,114 +267,107 @@ def per_run(value, like):
     return value if value.ndim == 0 else value[:, None, None]
 
 
-class Quadratics:
-    """Client losses f_i(x) = x'A_i x / 2 - b_i'x with exact gradients and a known optimum.
+class _Batch:
+    """One local step's batch: called for its gradient, asked for its loss."""
 
-    Parameters
-    ----------
-    A : torch.Tensor, shape [S, clients, d, d]
-        Symmetric positive definite.
-    b : torch.Tensor, shape [S, clients, d]
-    """
+    def __init__(self, objective, active, batch):
+        self._objective, self._active, self.batch = objective, active, batch
 
-    def __init__(self, A, b):
-        self.A, self.b = A, b
-        self.n_clients = A.shape[1]
-        self._runs = torch.arange(len(A), device=A.device)[:, None]
+    def __call__(self, x):
+        return self._objective.grad(x, self._active, self.batch)
 
-    @classmethod
-    def random(cls, seeds, n_clients, d, heterogeneity=1.0, device="cpu", dtype=torch.float64):
-        """Draw problems whose clients differ in curvature and in optimum.
-
-        Parameters
-        ----------
-        seeds : sequence of int
-            One problem a seed.
-        n_clients, d : int
-        heterogeneity : float
-            Scales each client's own optimum; at 0 all optima are zero.
-        """
-        problems = []
-        for seed in seeds:
-            g = np.random.default_rng(seed)
-            root = g.normal(size=(n_clients, d, d)) / np.sqrt(d)
-            A = root @ root.transpose(0, 2, 1) + 0.5 * np.eye(d)
-            own = heterogeneity * g.normal(size=(n_clients, d, 1))
-            problems.append((A, (A @ own)[..., 0]))
-        A, b = (torch.from_numpy(np.stack(v)).to(device, dtype) for v in zip(*problems))
-        return cls(A, b)
-
-    def optimum(self):
-        """Return the minimizer of the mean loss, shape [S, d], by a linear solve."""
-        return torch.linalg.solve(self.A.mean(1), self.b.mean(1))
-
-    def loss(self, theta):
-        """Return the mean client loss at theta [S, d], minus its minimum: shape [S]."""
-        e = theta - self.optimum()
-        return 0.5 * torch.einsum("sd,sde,se->s", e, self.A.mean(1), e)
-
-    def batches(self, active, steps, seeds, t):
-        """Return one (empty) batch a step, with the active clients' matrices at hand."""
-        return [(self.A[self._runs, active], self.b[self._runs, active])] * steps
-
-    def grad(self, x, active, batch):
-        """Return A_i x - b_i for the active clients: [S, A, d]."""
-        A, b = batch
-        return (x[..., None, :] @ A)[..., 0, :] - b  # A is symmetric; rows multiply faster
+    def loss(self, x):
+        """Return the losses [S, A] at x on the same batch."""
+        return self._objective.loss(x, self._active, self.batch)
 
 
-class Classification:
-    """Softmax regression losses of any stackable model on partitioned data.
+class _Wire:
+    """Everything between clients and server: compression, attacks, clipping, noise, byte counts."""
 
-    Parameters
-    ----------
-    stack : miniature.stack.Stack
-        Gives the architecture; its rows are the usual start of `federate`.
-    x, y : torch.Tensor, shapes [B, ...] and [B]
-        The training data, once, on the stack's device.
-    parts : list (runs) of list (clients) of torch.Tensor
-        Index sets of each client in each run, as the partitions of `miniature.data` return them.
-    batch_size : int
-    weight_decay : float
-        Adds ``weight_decay * theta`` to gradients.
-    """
+    def __init__(self, seeds, theta, compressor, attack, privacy):
+        self._compressor, self._attack, self._privacy = compressor, attack, privacy
+        self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + 1) for seed in seeds]
+        self.bytes = theta.new_zeros(len(theta), dtype=torch.float64)
 
-    def __init__(self, stack, x, y, parts, batch_size, weight_decay=0.0):
-        self.stack, self.x, self.y = stack, x, y
-        self.batch_size, self.weight_decay = batch_size, weight_decay
-        self.n_clients = len(parts[0])
-        if any(len(run) != self.n_clients for run in parts):
-            raise ValueError("every run must have the same number of clients")
-        self._sizes = torch.tensor([[len(p) for p in run] for run in parts])
-        self._index = torch.zeros(len(parts), self.n_clients, int(self._sizes.max()), dtype=int)
-        for r, run in enumerate(parts):
-            for i, part in enumerate(run):
-                self._index[r, i, : len(part)] = part
-        self._runs = torch.arange(len(parts))[:, None]
+    def open(self, c):
+        """Start a round."""
+        self._c, self._sent, self.each = c, [], 0
+        counts = c.present.sum(1).tolist()
+        self.draw = _Draw(self._generators, counts)
+        self.draw_once = _Draw(self._generators, [1] * len(counts))
 
-    def batches(self, active, steps, seeds, t):
-        """Draw the mini-batches of one round: a list of `steps` pairs (x, y), first axis S * A."""
-        active = active.cpu()
-        # A stream of its own for every run seed, client and round.
-        streams = [
-            (seed * 1_000_003 + int(i)) * 1_000_003 + t + 1
-            for seed, row in zip(seeds, active)
-            for i in row
-        ]
-        sizes = self._sizes[self._runs, active].flatten()
-        at = data.batches(sizes, self.batch_size, steps, streams)  # [S * A, K, B]
-        own = self._index[self._runs, active].flatten(0, 1)  # [S * A, largest client]
-        index = own.gather(1, at.flatten(1)).view(at.shape).transpose(0, 1).to(self.x.device)
-        return [(self.x[i], self.y[i]) for i in index]
+    def send(self, v, compressor=None):
+        """Return what the server receives when clients send v [S, A, P]; padding rows are zero."""
+        compressor = compressor or self._compressor
+        if self._privacy:
+            v = self._privacy.clip(v)
+        if self._attack:
+            v = self._attack(v, self._c.active, self.draw)
+        v = compressor(v, self.draw) * self._c.present[..., None]
+        self.each += compressor.nbytes(v)
+        self.bytes += self._c.present.sum(1) * compressor.nbytes(v)
+        self._sent.append(v)
+        return v
 
-    def grad(self, x, active, batch):
-        """Return the mini-batch gradients of the active clients: [S, A, P]."""
-        theta = x.reshape(-1, x.shape[-1])
-        g, _ = self.stack.grad(_loss, *batch, theta=theta)
-        if self.weight_decay:
-            g.add_(theta, alpha=self.weight_decay)
-        return g.view(x.shape)
+    def aggregate(self, v, rule):
+        total = rule(v, self._c.present)
+        if self._privacy:
+            total = self._privacy.add_noise(total, self._c.present.sum(1), self.draw_once)
+        return total
+
+    def check(self, message):
+        for name, v in message.items():
+            if not any(v is s for s in self._sent):
+                raise ValueError(f"message {name!r} did not go through c.send")
 
 
-def _loss(model, x, y):
-    return cross_entropy(model(x), y)
+class _Draw:
+    """Random numbers for [S, A, P] tensors, each run from a generator of its own."""
+
+    def __init__(self, generators, counts):
+        self._generators, self._counts = generators, counts
+
+    def uniform(self, like):
+        """Return uniform numbers in [0, 1) of the shape of `like`."""
+        return self._fill(like, torch.rand)
+
+    def normal(self, like):
+        """Return standard normal numbers of the shape of `like`."""
+        return self._fill(like, torch.randn)
+
+    def _fill(self, like, kind):
+        out = torch.zeros(like.shape, dtype=like.dtype)
+        for row, generator, n in zip(out, self._generators, self._counts):
+            row[:n] = kind(n, *like.shape[2:], generator=generator, dtype=like.dtype)
+        return out.to(like.device)
+
+
+def _rows(present, device):
+    """Turn who is present [S, clients] into indices and a mask [S, A], present ones first."""
+    width = max(1, int(present.sum(1).max()))
+    order = np.argsort(~present, axis=1, kind="stable")[:, :width]
+    mask = np.take_along_axis(present, order, axis=1)
+    return torch.from_numpy(order).to(device), torch.from_numpy(mask).to(device)
+
+
+def _masked(method, x, grad, c):
+    """Take a local step, only for the clients that have steps left."""
+    if isinstance(c.K, int):
+        return method.local_step(x, grad, c)
+    state = dict(c.client)
+    new = method.local_step(x, grad, c)
+    going = c.k < c.K  # [S, A, 1]
+    for k, v in state.items():
+        if c.client[k] is not v:
+            c.client[k] = torch.where(
+                going.view(going.shape[:2] + (1,) * (v.ndim - 2)), c.client[k], v
+            )
+    return torch.where(going, new, x)
+
+
+def _bar(rounds, progress):
+    if not progress:
+        return range(rounds)
+    from tqdm.auto import trange
+
+    return trange(rounds, desc="rounds", unit="round")

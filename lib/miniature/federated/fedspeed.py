@@ -66,10 +66,13 @@ class FedSpeed(Method):
         g = self.quasi_gradient(x, grad)
         return x - c.lr * (g - c.client["g_hat"] + (x - c.x0) / per_run(self.lam, x))
 
+    def update_dual(self, x, c):
+        """Set g_hat_i <- g_hat_i - (x_{i,K} - x^t) / lambda."""
+        c.client["g_hat"] = c.client["g_hat"] - (x - c.x0) / per_run(self.lam, x)
+
     def message(self, x, c):
-        lam = per_run(self.lam, x)
-        c.client["g_hat"] = c.client["g_hat"] - (x - c.x0) / lam
-        return {"x": x - lam * c.client["g_hat"]}
+        self.update_dual(x, c)
+        return {"delta": c.send(x - per_run(self.lam, x) * c.client["g_hat"] - c.x0)}
 
 
 class FedSpeedReleased(FedSpeed):
@@ -80,11 +83,10 @@ class FedSpeedReleased(FedSpeed):
         return {"h": zeros}
 
     def message(self, x, c):
-        super().message(x, c)
-        return {"x": x}
+        self.update_dual(x, c)
+        return {"delta": c.send(x - c.x0)}
 
     def server_step(self, theta, message, c):
         # h_i grows by x_{i,K} - x^t, which the server can tell from what it received.
-        moved = (message["x"] - theta[:, None]).sum(1) / c.n_clients
-        c.server["h"] = c.server["h"] + moved
-        return message["x"].mean(1) + c.server["h"]
+        c.server["h"] = c.server["h"] + c.sum(message["delta"]) / c.n_clients
+        return theta + c.mean(message["delta"]) + c.server["h"]
