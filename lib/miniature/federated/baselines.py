@@ -26,7 +26,7 @@ class FedProx(Method):
     lr, mu : float or sequence of S floats
     """
 
-    def __init__(self, lr, mu):
+    def __init__(self, lr, mu=0.01):
         super().__init__(lr)
         self.mu = mu
 
@@ -78,7 +78,9 @@ class FedDyn(Method):
     lr, alpha : float or sequence of S floats
     """
 
-    def __init__(self, lr, alpha):
+    is_sgd = False
+
+    def __init__(self, lr, alpha=0.1):
         super().__init__(lr)
         self.alpha = alpha
 
@@ -109,7 +111,9 @@ class FedSAM(Method):
     lr, rho : float or sequence of S floats
     """
 
-    def __init__(self, lr, rho):
+    is_sgd = False
+
+    def __init__(self, lr, rho=0.05):
         super().__init__(lr)
         self.rho = rho
 
@@ -129,6 +133,8 @@ class FedAdam(Method):
     b1, b2, tau : float
         Decay of the moments, and the degree of adaptivity (v starts at tau^2).
     """
+
+    is_sgd = False
 
     def __init__(self, lr, eta=0.01, b1=0.9, b2=0.99, tau=1e-3):
         super().__init__(lr)

@@ -47,6 +47,8 @@ class Method:
 
     # Vectors besides theta that clients download each round, by their name in the server state.
     downloads = ()
+    # Whether one client with one local step is plain gradient descent.
+    is_sgd = True
 
     def __init__(self, lr):
         self.lr = lr
