@@ -159,3 +159,26 @@ def test_privacy_clips_and_adds_its_noise():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_epsilon_against_the_closed_form():
+    pytest.importorskip("opacus", reason="Opacus is not installed")
+    # Without sampling, T Gaussian releases are one with noise z / sqrt(T), whose privacy profile
+    # is known (Balle and Wang 2018); Renyi accounting is an upper bound on it, and not far off.
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    z, rounds, delta = 2.0, 10, 1e-5
+    mu = math.sqrt(rounds) / z
+
+    def profile(eps):
+        return norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * norm.cdf(-mu / 2 - eps / mu) - delta
+
+    exact = brentq(profile, 0.1, 50)
+    assert exact <= Gaussian(1.0, z).epsilon(rounds, rate=1.0, delta=delta) <= 1.15 * exact
+    sampled = Gaussian(1.0, z).epsilon(rounds, rate=0.1, delta=delta)
+    assert sampled < exact / 4
+    assert Gaussian(1.0, z).epsilon(10, 0.1, delta, vectors=2) > sampled
+    assert Gaussian(1.0, 0.0).epsilon(10, 0.1, delta) == math.inf
+    with pytest.raises(ValueError, match="rate and delta"):
+        Gaussian(1.0, z).epsilon(10, 0.0, delta)

@@ -73,6 +73,72 @@ def test_select_neighbors_is_algorithm_3_or_4(seed, n, M, heuristic, keep, exten
     assert index.neighbors(n - 1).tolist() == expected
 
 
+# Algorithms 1, 2 and 5 once more, in plain Python, on the levels that the index drew
+
+
+class Plain:
+    """HNSW from the paper's pseudocode: dictionaries of lists, sorted lists for heaps."""
+
+    def __init__(self, x, level, M, ef_construction, heuristic):
+        self.x, self.level, self.M, self.heuristic = x, level, M, heuristic
+        self.ep, self.links = 0, {(i, lc): [] for i, l in enumerate(level) for lc in range(l + 1)}
+        for q in range(1, len(x)):
+            self.insert(q, ef_construction)
+
+    def search_layer(self, q, ep, ef, lc):
+        self.evaluations += len(ep)
+        C = sorted((((self.x[e] - q) ** 2).sum(), e) for e in ep)
+        W, v = C[:ef], set(ep)
+        while C:
+            d, c = C.pop(0)
+            if d > W[-1][0]:
+                break
+            for e in self.links[c, lc]:
+                if e not in v:
+                    v.add(e)
+                    self.evaluations += 1
+                    d = ((self.x[e] - q) ** 2).sum()
+                    if d < W[-1][0] or len(W) < ef:
+                        C, W = sorted([*C, (d, e)]), sorted([*W, (d, e)])[:ef]
+        return [e for _, e in W]
+
+    def insert(self, q, ef_construction):
+        self.evaluations, ep, l = 0, [self.ep], self.level[q]
+        L = self.level[self.ep]
+        for lc in range(L, l, -1):
+            ep = self.search_layer(self.x[q], ep, 1, lc)
+        for lc in range(min(L, l), -1, -1):
+            ep = self.search_layer(self.x[q], ep, ef_construction, lc)
+            self.links[q, lc] = select(self.x, q, ep, self.M, self.heuristic)
+            cap = 2 * self.M if lc == 0 else self.M
+            for e in self.links[q, lc]:
+                self.links[e, lc] = [*self.links[e, lc], q]
+                if len(self.links[e, lc]) > cap:
+                    self.links[e, lc] = select(self.x, e, self.links[e, lc], cap, self.heuristic)
+        if l > L:
+            self.ep = q
+
+    def search(self, q, k, ef):
+        self.evaluations, ep = 0, [self.ep]
+        for lc in range(self.level[self.ep], 0, -1):
+            ep = self.search_layer(q, ep, 1, lc)
+        return self.search_layer(q, ep, ef, 0)[:k]
+
+
+@pytest.mark.parametrize("heuristic", [True, False])
+def test_the_index_is_that_of_the_pseudocode_link_by_link(heuristic):
+    x, q = points(300, 3), points(30, 3, 1)
+    index = HNSW(3, 4, 12, heuristic=heuristic).add(x)
+    plain = Plain(x, index.graph.level.tolist(), 4, 12, heuristic)
+    assert index.graph.level.max() >= 2 and index.graph.degree.max() == 8  # layers, full lists
+    assert index.graph.state[hnsw.ENTRY] == plain.ep
+    for (i, layer), links in plain.links.items():
+        assert index.neighbors(i, layer).tolist() == links
+    ids, _, evaluations = index.search(q, 3, 9)
+    for one, found, count in zip(q, ids, evaluations):
+        assert plain.search(one, 3, 9) == found.tolist() and plain.evaluations == count
+
+
 def test_accepted_neighbors_are_relative_neighbors_on_every_layer():
     x, index = points(400, 4), HNSW(4, 5, 40)
     for q in range(len(x)):

@@ -36,3 +36,35 @@ class Gaussian:
         """Return the mean [S, P] of n [S] clients with its noise."""
         z = draw.normal(mean[:, None])[:, 0]
         return mean + z * (self.noise * self.clip_norm) / n.clamp(min=1)[:, None]
+
+    def epsilon(self, rounds, rate, delta, vectors=1):
+        """Return epsilon of (epsilon, delta)-privacy for one client, by Renyi accounting.
+
+        Parameters
+        ----------
+        rounds : int
+            Server steps.
+        rate : float
+            Probability that a client takes part in a round (Poisson sampling).
+        delta : float
+        vectors : int
+            Vectors that a method sends a round, each clipped and noised.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            If Opacus, which keeps the account, is not installed: ``pip install opacus``.
+        """
+        try:
+            from opacus.accountants import RDPAccountant
+        except ModuleNotFoundError as e:
+            raise ModuleNotFoundError(
+                "the privacy account needs Opacus: pip install opacus", name=e.name
+            ) from None
+        if not 0 < rate <= 1 or not 0 < delta < 1:
+            raise ValueError(f"rate and delta must lie in (0, 1], got {rate} and {delta}")
+        if self.noise == 0:
+            return float("inf")
+        account = RDPAccountant()
+        account.history = [(self.noise, rate, rounds * vectors)]
+        return account.get_epsilon(delta=delta)
