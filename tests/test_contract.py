@@ -141,7 +141,8 @@ def test_it_runs_clean_in_order_and_in_time(notebook):
     assert [c["execution_count"] for c in notebook.code] == list(range(1, len(notebook.code) + 1))
     kinds = {out["output_type"] for c in notebook.code for out in c["outputs"]}
     assert "error" not in kinds
-    assert 0 < notebook.json["metadata"]["miniature"]["seconds"] < 15
+    # Of one core; on a busy machine the wall clock says something about its other work.
+    assert 0 < notebook.json["metadata"]["miniature"]["cpu_seconds"] < 15
 
 
 def test_no_absolute_path_and_no_runner_metadata(notebook):

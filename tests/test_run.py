@@ -106,6 +106,7 @@ def test_executes_with_parameters_in_this_interpreter_with_one_thread(project):
     stamp = run.read(result.notebook)["metadata"]["miniature"]
     assert stamp["parameters"]["seed"] == 7
     assert stamp["seconds"] == result.seconds > 0
+    assert stamp["cpu_seconds"] > 0
     assert stamp["versions"]["miniature"] and "cores" in stamp["hardware"]
     # The notebook itself is only read.
     assert "cell_type" in (project / "notebooks/federated/alpha.ipynb").read_text()
@@ -209,7 +210,7 @@ def test_in_place_output_is_fit_for_committing(project):
     assert result.notebook == str(path) and first.endswith("}\n")
     assert "papermill" not in first and '"execution":' not in first
     assert nb["metadata"]["kernelspec"]["name"] == "python3"
-    assert set(nb["metadata"]["miniature"]) == {"seconds", "version"}
+    assert set(nb["metadata"]["miniature"]) == {"seconds", "cpu_seconds", "version"}
     assert [c["metadata"] for c in nb["cells"]] == [{}, {"tags": ["parameters"]}, {}, {}, {}]
     ids = [c["id"] for c in nb["cells"]]
     assert len(set(ids)) == len(ids) == 5

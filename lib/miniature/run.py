@@ -424,7 +424,7 @@ def execute(job):
                 nb = contextvars.Context().run(_execute_notebook, job, partial, watch)
             finally:
                 result.seconds = round(time.perf_counter() - started, 1)
-        nb = _finished(nb, job, result.seconds)
+        nb = _finished(nb, job, result.seconds, watch.cpu_seconds)
         write_text(job.output, nbformat.writes(nb))
         result.status, result.record = "done", claims(nb)
         result.notebook = str(job.output)
@@ -479,7 +479,7 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True)
         self.job, self.runtime, self.partial = job, runtime, partial
         self.log = runtime / "stderr"
-        self.stopped, self.error = False, None
+        self.stopped, self.error, self.cpu_seconds = False, None, None
         self._done = threading.Event()
         self._managers = []
 
@@ -511,6 +511,7 @@ class _Watch(threading.Thread):
                     await super().start_kernel(stderr=log, **kwargs)
 
             async def shutdown_kernel(self, now=False, restart=False):
+                watch.note_cpu_time()
                 # Everything has been received: an interpreter with torch would take seconds to
                 # tear itself down, and processes that its cells left behind should go with it.
                 watch._kill()
@@ -535,6 +536,15 @@ class _Watch(threading.Thread):
                 self.error = _describe(_running(self.partial), "TimeoutError", message)
             if self.stopped or late:
                 self._kill()
+
+    def note_cpu_time(self):
+        """Note what the kernel has computed: unlike wall time, the same on a busy machine."""
+        import psutil
+
+        for manager in self._managers:
+            with contextlib.suppress(psutil.Error, AttributeError):
+                times = psutil.Process(manager.provisioner.process.pid).cpu_times()
+                self.cpu_seconds = round(times.user + times.system, 1)
 
     def _kill(self):
         for manager in self._managers:
@@ -579,9 +589,9 @@ def _prepared(job):
     return nbformat.from_dict(nb)
 
 
-def _finished(nb, job, seconds):
+def _finished(nb, job, seconds, cpu_seconds):
     """Settle and stamp an executed notebook, and make it fit for committing where asked to."""
-    stamp = {"seconds": seconds, "version": __version__}
+    stamp = {"seconds": seconds, "cpu_seconds": cpu_seconds, "version": __version__}
     if job.in_place:
         nb.metadata.pop("papermill", None)
         for cell in nb.cells:

@@ -21,7 +21,7 @@ searched for many queries at once on any device: `beam_search`.
 """
 
 from collections import namedtuple
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heappushpop
 
 import numpy as np
 import torch
@@ -78,9 +78,10 @@ def search_layer(g, q, ep, ef, layer):
             d = distance(g, e, q)
             if len(W) < ef or d < -W[0][0]:
                 heappush(C, (d, e))
-                heappush(W, (-d, e))
-                if len(W) > ef:
-                    heappop(W)
+                if len(W) < ef:
+                    heappush(W, (-d, e))
+                else:
+                    heappushpop(W, (-d, e))  # drops the worst
     dist, ids = np.empty(len(W)), np.empty(len(W), np.int64)
     for j in range(len(W) - 1, -1, -1):
         d, ids[j] = heappop(W)
