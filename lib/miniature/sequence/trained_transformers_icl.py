@@ -105,25 +105,27 @@ def population_loss(PV: Tensor, KQ: Tensor, cov: Tensor, N) -> Tensor:
     Q, q = KQ[..., :-1, :-1], KQ[..., -1, :-1, None]
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
 
-    def tr(M):
-        return M.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    def dot(X, Y):  # tr(Xᵀ Y)
+        return (X * Y).sum((-2, -1), keepdim=True)
 
     # odd: wᵀ (S A - I) x_q with A = p qᵀ + r Q, averaged over w, x_q and the prompt's S
     A = p @ q.mT + r * Q
-    odd = tr(sandwich(cov, eye, N) @ A @ cov @ A.mT) - 2 * tr(cov @ A @ cov) + tr(cov)
+    t, cov2 = dot(eye, cov), cov @ cov
+    odd = dot(sandwich(cov, eye, N) @ A @ cov, A) - 2 * dot(cov2, A) + t
 
     # even: b·x_q + c with b = QᵀS p + r (wᵀS w) q, and c = (p·x_q)(x_qᵀQ x_q)/N, which comes from
     # the query's own column of E
-    t, t2 = tr(cov), tr(cov @ cov)
-    cp = cov @ p
+    t2 = dot(cov, cov)
     wSw = t**2 + 2 * t2 / N + 2 * (t2 + (t2 + t**2) / N)  # E (wᵀS w)²
-    bb = p.mT @ sandwich(cov, Q @ cov @ Q.mT, N) @ p + r**2 * wSw * (q.mT @ cov @ q)
-    bb = bb + 2 * r * (q.mT @ cov @ Q.mT @ (t * cp + 2 * cov @ cp / N))
+    cp, cq = cov @ p, cov @ q
+    pcp, Qcp, trQ = dot(p, cp), Q.mT @ cp, dot(Q, cov)
+    bb = (1 + 1 / N) * dot(Qcp, cov @ Qcp) + dot(cov @ Q, Q @ cov) * pcp / N
+    bb = bb + r**2 * wSw * dot(q, cq) + 2 * r * dot(Q @ cq, t * cp + 2 * (cov @ cp) / N)
     sym = (Q + Q.mT) / 2
-    bc = (Q.mT @ cp + r * t * q).mT @ (tr(Q @ cov) * cp + 2 * cov @ sym @ cp) / N
-    SL = sym @ cov
-    cc = (p.mT @ cp) * (tr(SL) ** 2 + 2 * tr(SL @ SL)) + 4 * tr(SL) * (cp.mT @ sym @ cp)
-    cc = (cc + 8 * (cp.mT @ SL @ sym @ cp)) / N**2
+    scp, scov = sym @ cp, sym @ cov
+    bc = dot(Qcp + r * t * q, trQ * cp + 2 * (cov @ scp)) / N
+    cc = pcp * (trQ**2 + 2 * dot(scov.mT, scov)) + 4 * trQ * dot(cp, scp)
+    cc = (cc + 8 * dot(scp, cov @ scp)) / N**2
     return (odd + bb + 2 * bc + cc).squeeze((-2, -1)) / 2
 
 
