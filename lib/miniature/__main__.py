@@ -1,0 +1,5 @@
+"""``python -m miniature`` is the command ``miniature``."""
+
+from .cli import app
+
+app()
