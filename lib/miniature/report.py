@@ -40,6 +40,7 @@ def write(path, folder=None):
     path = Path(path).resolve()
     known = papers.all()
     entries = [runner.entry(p, folder) for p in known]
+    first = sorted(zip(known, entries), key=lambda pair: pair[1]["status"] != "finished")
     verdicts = [v for e in entries for v in e["verdicts"].values()]
     finished = sum(e["status"] == "finished" for e in entries)
     page = _template("report.html").substitute(
@@ -52,7 +53,7 @@ def write(path, folder=None):
         fields="".join(
             f'<option value="{_escape(f)}">{_escape(f)}</option>' for f in papers.fields()
         ),
-        rows="\n".join(_row(p, e, path.parent) for p, e in zip(known, entries, strict=True)),
+        rows="\n".join(_row(p, e, path.parent) for p, e in first),
     )
     runner.write_text(path, page)
     return entries
