@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from miniature.federated.baselines import FedDyn
+from miniature.federated.baselines import FedDyn, FedSAM
 from miniature.federated.engine import federate
 from miniature.federated.fedspeed import FedSpeed, FedSpeedReleased
 from miniature.federated.objectives import Quadratics
@@ -156,6 +156,30 @@ def test_without_perturbation_it_is_feddyn(options):
     few = solve(FedSpeedReleased(LR, LAM, **options), q, rounds=20, active=2)
     dyn = solve(FedDyn(LR, 1 / LAM), q, rounds=20, active=2)
     torch.testing.assert_close(few.theta, dyn.theta, atol=1e-12, rtol=0)
+
+
+def test_with_one_step_its_memory_is_all_that_sets_it_apart_from_fedsam():
+    class Forgetful(FedSpeed):
+        def message(self, x, c):
+            return {"delta": c.send(x - c.x0)}
+
+    q = quadratics()
+    sam = solve(FedSAM(LR, 0.1), q, rounds=20, steps=1).theta
+    theta = solve(Forgetful(LR, LAM, 0.1, normalize=True), q, rounds=20, steps=1).theta
+    torch.testing.assert_close(theta, sam, atol=1e-12, rtol=0)
+    theta = solve(FedSpeed(LR, LAM, 0.1, normalize=True), q, rounds=20, steps=1).theta
+    assert (theta - sam).abs().max() > 1e-3
+
+
+def test_with_one_step_the_server_has_momentum():
+    q, beta = quadratics(), 1 - LR / LAM
+    x, v = torch.zeros_like(q.optimum()), torch.zeros_like(q.optimum())
+    for _ in range(20):
+        g = torch.einsum("sde,se->sd", q.A.mean(1), x) - q.b.mean(1)
+        new = beta * v + LR * g
+        x, v = x - new - (new - v), new
+    theta = solve(FedSpeed(LR, LAM, rho=0.0), q, rounds=20, steps=1).theta
+    torch.testing.assert_close(theta, x, atol=1e-12, rtol=0)
 
 
 def test_the_second_gradient_is_taken_only_where_it_counts():

@@ -44,6 +44,8 @@ class FedSpeed(Method):
         If alpha is outside [0, 1].
     """
 
+    is_sgd = False
+
     def __init__(self, lr, lam=10.0, rho=0.1, alpha=1.0, normalize=False):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
