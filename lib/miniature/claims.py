@@ -24,10 +24,10 @@ import numpy as np
 
 from .run import MIME, SYMBOLS, VERDICTS
 
-COLORS = {  # JupyterLab's theme colors, with fallbacks that read on white and on black
-    "reproduced": "var(--jp-success-color1, #1b8a3a)",
-    "inconclusive": "var(--jp-warn-color0, #b36200)",
-    "not reproduced": "var(--jp-error-color1, #c92a2a)",
+COLORS = {  # read on white and on black; plain, as JupyterLab strips variables of an untrusted page
+    "reproduced": "#2a8c4a",
+    "inconclusive": "#b06f00",
+    "not reproduced": "#d64545",
 }
 
 
@@ -406,7 +406,7 @@ class Table:
         return {MIME: self.record(), "text/html": self.html(), "text/plain": self.text()}
 
     def html(self):
-        """Return the table as HTML in the colors of the JupyterLab theme."""
+        """Return the table as HTML that suits light and dark themes."""
         rows = []
         for claim in self.claims:
             rows.append(_row(claim, part=False))
@@ -434,7 +434,7 @@ def _row(c, part):
         f"{SYMBOLS[c.verdict]} {c.verdict}</span>"
     )
     cell = '<td style="text-align:left;vertical-align:top;padding:4px 10px;white-space:normal">'
-    style = "opacity:.85;font-size:12px" if part else "border-top:1px solid var(--jp-border-color1)"
+    style = "opacity:.85;font-size:12px" if part else "border-top:1px solid #8888"
     cells = "".join(
         f"{cell}{x}</td>" for x in (html.escape(c.id), text, html.escape(c.paper), value, verdict)
     )

@@ -188,7 +188,10 @@ def entry(paper, folder=None):
         "title": paper.title,
         "notebook": None if status == "missing" else str(path),
         "status": status,
-        "seconds": stamp.get("seconds"),
+        # Of one core where that is what was used: a busy machine stretches the wall clock.
+        "seconds": min(
+            filter(None, (stamp.get(k) for k in ("cpu_seconds", "seconds"))), default=None
+        ),
         "scale": record["scale"] if record else None,
         "verdicts": {c["id"]: c["verdict"] for c in record["claims"]} if record else {},
         "record": record,
