@@ -46,6 +46,19 @@ def test_busy_figures_get_coarser_and_impossible_ones_are_refused(monkeypatch):
         show.png(busy_figure(10))
 
 
+def test_rare_colors_survive_the_compression():
+    fig, ax = show.subplots()
+    for i in range(2000):  # a thousand shades, and one thin line of each method
+        ax.plot([0, 1], [i, i + 1], color=(i / 2000, 1 - i / 2000, 0.5), linewidth=0.3)
+    for name, color in zip("ABCD", show.C):
+        ax.plot([0, 0.02], [0, 1], color=color, label=name)
+    ax.legend()
+    picture = np.asarray(Image.open(io.BytesIO(show.png(fig))).convert("RGB")).astype(int)
+    for color in show.C[:4]:
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert np.abs(picture - wanted).sum(-1).min() <= 12
+
+
 def test_an_alt_text_is_required():
     with pytest.raises(ValueError, match="alt text"):
         show.figure(busy_figure(1), alt=" ")
