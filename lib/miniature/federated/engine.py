@@ -188,7 +188,8 @@ def federate(
     K = torch.as_tensor(steps, device=theta.device)
     if (K.ndim and K.shape[-1] != n) or (K < 1).any():
         raise ValueError(f"steps must be positive, one number or one for each of {n} clients")
-    store = method.client_state(theta.new_zeros(S, n, theta.shape[1]))
+    zeros = theta.new_zeros(S, n, theta.shape[1])
+    store = {k: v.clone() for k, v in method.client_state(zeros).items()}
     c = SimpleNamespace(
         server=method.server_state(torch.zeros_like(theta)), n_clients=n, send=wire.send
     )
@@ -218,7 +219,7 @@ def federate(
         c.lr = per_run(method.lr, theta) * decay**t
         c.x0 = held[runs, c.active] if stale else public[:, None].expand(-1, c.active.shape[1], -1)
         c.age = t - since[runs, c.active] if stale else torch.zeros_like(c.active)
-        c.K = int(K) if K.ndim == 0 else K.expand(S, n)[runs, c.active][..., None]
+        c.K = int(K) if K.ndim == 0 else K.expand(S, n)[runs, c.active][..., None].to(theta)
         c.mean = lambda v: wire.aggregate(v, aggregate)
         c.sum = lambda v: (v * c.present[..., None]).sum(1)
         c.full_grad = lambda x: objective.full_grad(x, c.active)
