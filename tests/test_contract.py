@@ -132,7 +132,7 @@ def test_figures_are_small_and_have_alt_texts(notebook):
 
 def test_a_knob_can_be_turned(notebook):
     cells = notebook.section("Turn the knob")
-    assert any("show.knob(" in c["source"] or "widgets." in c["source"] for c in cells)
+    assert any("show.interact(" in c["source"] or "widgets." in c["source"] for c in cells)
     view = "application/vnd.jupyter.widget-view+json"
     assert any(view in out.get("data", {}) for c in cells for out in c.get("outputs", []))
 

@@ -91,15 +91,15 @@ def test_source_shows_the_lines_that_run(shown):
         show.source(show.marker, start="nowhere")
 
 
-def test_knob_redraws(shown):
+def test_interact_redraws(shown):
     seen = []
-    box = show.knob(lambda **v: seen.append(v), K=(1, 40, 1, 5), rho=[0.0, 0.1], on=True)
+    box = show.interact(lambda **v: seen.append(v), K=(1, 40, 1, 5), rho=[0.0, 0.1], on=True)
     k, rho, on = box.children[0].children
     k.value, rho.value, on.value = 7, 0.1, False
     assert seen[0] == {"K": 5, "rho": 0.0, "on": True}
     assert seen[-1] == {"K": 7, "rho": 0.1, "on": False}
     with pytest.raises(ValueError, match="'bad'"):
-        show.knob(print, bad="x")
+        show.interact(print, bad="x")
 
 
 def test_table_and_tuning(shown):

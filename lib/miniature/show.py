@@ -227,7 +227,7 @@ def table(rows, caption=""):
     display(HTML(f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"))
 
 
-def knob(draw, **values):
+def interact(draw, **values):
     """Show controls and redraw when one is moved.
 
     Parameters
