@@ -31,7 +31,7 @@ install: $(VENV)/.installed ## Install into .venv
 install-test: $(VENV)/.installed-test ## Install with everything that the tests need
 
 lab: install ## Open JupyterLab on the index of all papers
-	$(BIN)/jupyter lab notebooks/index.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/index.ipynb
 
 lint: install-test ## Check style and formatting
 	$(BIN)/ruff check .
