@@ -61,7 +61,7 @@ def test_a_margin_counts_an_effect_of_just_its_size_as_null():
 
 
 def test_a_true_effect_is_found():
-    # Effects of the sizes that cards state: 3 points of accuracy with 0.7 points of noise,
+    # Effects of the sizes that papers state: 3 points of accuracy with 0.7 points of noise,
     # a ratio of 0.4 against a bound of 0.6, an exponent of -1 +- 0.1.
     g = np.random.default_rng(3)
     noise = g.normal(size=(3, EXPERIMENTS, SEEDS))

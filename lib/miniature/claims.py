@@ -38,7 +38,7 @@ class Claim:
     Attributes
     ----------
     id, claim : str
-        The card's id ("C1") and the claim in words.
+        The claim's id ("C1") and the claim in words.
     kind : str
         The check: compare, close, slope, bound, order or all_of.
     paper : str
@@ -128,7 +128,7 @@ def compare(
     Parameters
     ----------
     id, claim : str
-        The card's id and the claim in words (no number that varies between machines).
+        The claim's id and the claim in words (no number that varies between machines).
     ours, baseline : array_like, shape [S]
         One value per seed; the same seed at the same place in both.
     paper : str

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from timing import median_seconds
 from torch import nn
 
 from miniature import data
@@ -51,15 +52,6 @@ def plain_round(stack, objective):
         vector = nn.utils.parameters_to_vector(model.parameters()).detach()
         total = vector if total is None else total + vector
     return total / objective.n_clients
-
-
-def median_seconds(f, rounds=5):
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[rounds // 2]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,10 +1,9 @@
 """A stack against what one would write instead: a loop over ordinary modules."""
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
+from timing import median_seconds
 
 from miniature.models import MLP
 from miniature.stack import Stack
@@ -39,15 +38,6 @@ def loop(modules, optimizers, x, y):
         optimizer.step()
 
 
-def median_seconds(f, rounds=15):
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[rounds // 2]
-
-
 def test_one_training_step_of_100_copies(benchmark, batch, capsys):
     """100 copies of a 64-64-10 MLP, batch 16, SGD: the same work, both in this run."""
     stack = Stack.init(build, range(COPIES))
@@ -62,7 +52,7 @@ def test_one_training_step_of_100_copies(benchmark, batch, capsys):
 
     benchmark(stack.step, optimizer, stacked_loss, *batch)
     if benchmark.enabled:
-        plain = median_seconds(lambda: loop(modules, optimizers, *batch))
+        plain = median_seconds(lambda: loop(modules, optimizers, *batch), rounds=15)
         ratio = plain / benchmark.stats.stats.median
         benchmark.extra_info["times faster than the loop over copies"] = ratio
         with capsys.disabled():
