@@ -25,7 +25,11 @@ def representatives():
 
 
 def execute(paper, folder, **parameters):
-    result = run.execute(run.make_job(paper, folder, parameters, timeout=300))
+    job = run.make_job(paper, folder, parameters, timeout=150)
+    result = run.execute(job)
+    if result.error and result.error["name"] == "TimeoutError":
+        # These tests are about verdicts; a kernel that hung once gets a second chance.
+        result = run.execute(job)
     assert result.status == "done", result.error and result.error["message"]
     return result.record
 

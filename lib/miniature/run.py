@@ -508,6 +508,11 @@ class _Watch(threading.Thread):
                 )
                 watch._managers.append(self)
 
+            def client(self, **kwargs):
+                client = super().client(**kwargs)
+                client.shell_channel_class = client.iopub_channel_class = _patient_channel()
+                return client
+
             async def start_kernel(self, **kwargs):
                 # What a kernel says outside its cells matters only where it cannot start.
                 with open(watch.log, "wb") as log:
@@ -559,6 +564,31 @@ class _Watch(threading.Thread):
                     os.killpg(process.pid, signal.SIGKILL)
                 else:
                     process.kill()
+
+
+@functools.lru_cache(maxsize=1)
+def _patient_channel():
+    """A kernel channel that looks again each second.
+
+    nbclient answers widgets on the socket on which it awaits the cell's reply. Sending there can
+    swallow the socket's wake-up, and the reply would then lie unread for ever.
+    """
+    import queue
+
+    from jupyter_client.channels import AsyncZMQSocketChannel
+
+    class PatientChannel(AsyncZMQSocketChannel):
+        async def get_msg(self, timeout=None):
+            end = float("inf") if timeout is None else time.monotonic() + timeout
+            while True:
+                left = end - time.monotonic()
+                try:
+                    return await super().get_msg(min(1.0, max(0.0, left)))
+                except queue.Empty:
+                    if left <= 1.0:
+                        raise
+
+    return PatientChannel
 
 
 def _prepared(job):
