@@ -214,6 +214,7 @@ def test_tune_runs_the_search_again_and_tells_the_choice(project):  # noqa: F811
     record = project / "data" / "results" / "alpha.tuning.json"
     assert not record.exists()  # only `tune` records
     result = call("tune", "alpha", "--scale", "full")
+    assert run.claims(run.read(project / "runs" / "tune" / "alpha.ipynb")) is None
     assert result.exit_code == 0, result.output
     assert json.loads(record.read_text())["full"]["methods"]["FedAvg"]["chosen"] == {"lr": 0.3}
     assert "lr = 0.3" in result.output and "0.85" in result.output

@@ -262,14 +262,15 @@ def tune(
 ):
     """Search a notebook's hyperparameters again, and record what was found.
 
-    The record, data/results/SLUG.tuning.json, is what the notebook shows and uses.
+    The record, data/results/SLUG.tuning.json, is what the notebook shows and uses. The notebook
+    runs only as far as the search: results on evaluation seeds are not for choosing settings.
     """
     paper = _with_notebook(_paper(slug))
     parameters = _parameters(scale, 0, device, False)
     path = papers.root() / "data" / "results" / f"{paper.slug}.tuning.json"
     before = path.stat().st_mtime_ns if path.exists() else None
     folder = papers.root() / "runs" / "tune"
-    job = runner.make_job(paper, folder, parameters, env={"MINIATURE_TUNE": "1"}, timeout=timeout)
+    job = runner.make_job(paper, folder, parameters, tune=True, timeout=timeout)
     results = _execute([job], 1)
     if results[0].status != "done":
         _exit(results)

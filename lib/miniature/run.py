@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
@@ -66,8 +66,11 @@ class Job:
         While this file exists, the job ends as soon as it can.
     owner : int
         Process that made the job, and that decides what Ctrl-C does.
-    env : dict
-        More environment variables for the kernel.
+    root : pathlib.Path
+        The project.
+    tune : bool
+        Search hyperparameters again: run up to and with the cell that calls ``run.tuned``, and
+        record what it finds. Nobody sees results on evaluation seeds while tuning.
     timeout : float or None
         Seconds the whole notebook may take.
     in_place : bool
@@ -83,7 +86,8 @@ class Job:
     key: str
     stop: Path
     owner: int
-    env: dict = field(default_factory=dict)
+    root: Path
+    tune: bool = False
     timeout: float | None = None
     in_place: bool = False
 
@@ -228,7 +232,7 @@ def job_key(paper, parameters):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def make_job(paper, folder, parameters, *, in_place=False, env=None, timeout=None):
+def make_job(paper, folder, parameters, *, in_place=False, tune=False, timeout=None):
     """Return the `Job` that runs a paper's notebook.
 
     Parameters
@@ -241,8 +245,8 @@ def make_job(paper, folder, parameters, *, in_place=False, env=None, timeout=Non
         Papermill parameters; empty keeps the notebook's own.
     in_place : bool
         Write the output over the notebook itself.
-    env : dict, optional
-        More environment variables for the kernel.
+    tune : bool
+        Search hyperparameters and record them, instead of running the whole notebook.
     timeout : float, optional
         Seconds.
     """
@@ -257,7 +261,8 @@ def make_job(paper, folder, parameters, *, in_place=False, env=None, timeout=Non
         key=job_key(paper, parameters),
         stop=folder / f".stop-{os.getpid()}",
         owner=os.getpid(),
-        env={"MINIATURE_ROOT": str(papers.root()), **(env or {})},
+        root=papers.root(),
+        tune=tune,
         timeout=timeout,
         in_place=in_place,
     )
@@ -504,7 +509,12 @@ class _Watch(threading.Thread):
                     display_name="Python 3 (ipykernel)",
                     language="python",
                     # A fixed hash seed: sets come in the same order, and outputs stay the same.
-                    env={**ONE_THREAD, "PYTHONHASHSEED": "0", **watch.job.env},
+                    env={
+                        **ONE_THREAD,
+                        "PYTHONHASHSEED": "0",
+                        "MINIATURE_ROOT": str(watch.job.root),
+                        "MINIATURE_TUNE": "1" if watch.job.tune else "0",
+                    },
                 )
                 watch._managers.append(self)
 
@@ -613,6 +623,9 @@ def _prepared(job):
         seen.add(cell["id"])
         if cell["cell_type"] == "code":
             cell.update(outputs=[], execution_count=None)
+    if job.tune:
+        calls = [i for i, cell in enumerate(nb["cells"]) if ".tuned(" in "".join(cell["source"])]
+        nb["cells"] = nb["cells"][: calls[-1] + 1 if calls else 0]
     nb["metadata"].pop("widgets", None)
     nb["metadata"]["kernelspec"] = {
         "display_name": "Python 3 (ipykernel)",
