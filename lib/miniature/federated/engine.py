@@ -56,7 +56,10 @@ class Method:
         self.lr, self.eta = lr, eta
 
     def client_state(self, zeros):
-        """Return what every client remembers: name -> tensor; `zeros` is [S, clients, P]."""
+        """Return what every client remembers: name -> tensor; `zeros` is [S, clients, P].
+
+        `zeros` takes no memory; do not write into it.
+        """
         return {}
 
     def server_state(self, zeros):
@@ -190,7 +193,7 @@ def federate(
     K = torch.as_tensor(steps, device=theta.device)
     if (K.ndim and K.shape[-1] != n) or (K < 1).any():
         raise ValueError(f"steps must be positive, one number or one for each of {n} clients")
-    zeros = theta.new_zeros(S, n, theta.shape[1])
+    zeros = theta.new_zeros(()).expand(S, n, theta.shape[1])  # takes no memory until copied
     store = {k: v.clone() for k, v in method.client_state(zeros).items()}
     c = SimpleNamespace(
         server=method.server_state(torch.zeros_like(theta)), n_clients=n, send=wire.send
