@@ -157,6 +157,26 @@ def test_fedfix_weights_are_exact_over_a_period(wait):
     periods = np.array([len(np.arange(0, t - 1e-9, wait)) for t in TIMES])
     np.testing.assert_allclose(d, P * periods)
     np.testing.assert_allclose(trace.present.mean(0), 1 / periods)
+    trace, d = fedfix(TIMES, 2520 * wait, wait, P, weighted=False)
+    np.testing.assert_allclose(mean_weights(trace, d), P / periods, rtol=1e-12)
+
+
+def test_a_time_that_is_a_multiple_of_the_wait_is_not_rounded_up():
+    times = np.array([1.0, 0.1 * 6])  # 0.6000000000000001
+    trace, d = fedfix(times, 15 * 0.2, 0.2)
+    np.testing.assert_array_equal(d, [2.5, 1.5])
+    np.testing.assert_allclose(mean_weights(trace, d), 0.5)
+
+
+def test_the_default_weights_are_one_over_the_clients_whoever_comes():
+    q = quadratics()
+    start = torch.zeros_like(q.b[:, 0])
+    options = dict(rounds=9, steps=K, seeds=SEEDS, active=Sample(2))
+    default, given = (
+        federate(StochasticWeights(LR, d), q, start, **options).theta
+        for d in (None, np.full(N, 1 / N))
+    )
+    torch.testing.assert_close(default, given)
 
 
 def test_asynchronous_weights_follow_renewal_theory():
