@@ -6,7 +6,7 @@ import torch
 from miniature import data
 from miniature.federated.baselines import FedAvg, FedProx, Scaffold
 from miniature.federated.engine import Method, federate, per_run
-from miniature.federated.objectives import Classification, Quadratics
+from miniature.federated.objectives import Classification, Quadratics, SoftmaxRegression
 from miniature.models import MLP
 from miniature.stack import Stack
 
@@ -246,3 +246,19 @@ def test_runs_on_a_gpu():
     g = federate(Scaffold(0.1), clients, stack.theta, rounds=2, steps=3, seeds=[0, 1], active=2)
     assert h.theta.is_cuda
     torch.testing.assert_close(h.theta.cpu(), g.theta, atol=1e-10, rtol=0)
+
+
+def test_softmax_regression_is_classification_by_a_linear_layer():
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(20, 5, generator=g, dtype=DOUBLE), torch.randint(0, 3, (20,), generator=g)
+    parts = [list(torch.arange(20).split([6, 14]))] * 2
+    stack = Stack.init(lambda: MLP([5, 3]), [0, 1], dtype=DOUBLE)
+    options = dict(weight_decay=0.1, relabel=(1, torch.tensor([1, 2, 0])))
+    kinds = [kind(stack, x, y, parts, 4, **options) for kind in (Classification, SoftmaxRegression)]
+    active = torch.tensor([[0, 1], [1, 0]])
+    batch = kinds[0].batches(active, 1, [3, 4], 0)[0]
+    theta = torch.randn(2, 2, stack.size, generator=g, dtype=DOUBLE)
+    expected, found = (kind.grad(theta, active, batch) for kind in kinds)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="linear layer"):
+        SoftmaxRegression(Stack.init(lambda: MLP([5, 4, 3]), [0, 1]), x, y, parts, 4)
