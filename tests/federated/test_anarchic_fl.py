@@ -184,6 +184,18 @@ def test_arrivals_are_reproducible_and_have_m_returns_a_round():
     assert (alone.present[0] == one.present[1]).all()
 
 
+def test_arrivals_equal_an_event_queue():
+    rounds = 40
+    work = np.random.default_rng([7, 3]).exponential(size=(rounds + 1, N)) / RATES
+    queue, came = sorted((due, i) for i, due in enumerate(work[0])), np.zeros((rounds, N), bool)
+    for t in range(rounds):
+        back, waiting = queue[:WAIT], queue[WAIT:]
+        now = back[-1][0]  # all that returned begin again, from the new model
+        queue = sorted(waiting + [(now + work[t + 1, i], i) for _, i in back])
+        came[t, [i for _, i in back]] = True
+    assert (returns(RATES, WAIT, rounds, [7]).present[0] == came).all()
+
+
 def test_fast_workers_return_more_often_and_silent_ones_never():
     rates = np.array([10.0, 10.0, 1.0, 1.0, 0.0])
     came = returns(rates, 1, 4000, [0]).present[0].mean(0)
