@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from miniature.stack import Stack, clip
+from miniature.models import MLP
+from miniature.stack import Stack, class_loss, clip
 from miniature.stack import cross_entropy as fast_cross_entropy
 
 N, STEPS, BATCH = 4, 12, 8
@@ -150,6 +151,43 @@ def test_the_fast_cross_entropy_is_pytorchs():
         stack.grad(lambda m, x, y: fast_cross_entropy(m(x), y), x, y),
     ):
         torch.testing.assert_close(a, b, atol=1e-14, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[5, 3], [5, 7, 3], [5, 7, 6, 3]])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_gradient_written_out_for_perceptrons_is_autograds(sizes, chunk):
+    stack = Stack.init(lambda: MLP(sizes), range(3), dtype=torch.float64, chunk=chunk)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 11, 5, generator=g, dtype=torch.float64) * 30  # far from linear
+    y = torch.randint(0, 3, (3, 11), generator=g)
+    theta = torch.randn(3, stack.size, generator=g, dtype=torch.float64)
+    kept = x.clone(), y.clone(), theta.clone()
+    found = stack.grad(class_loss, x, y, theta=theta)
+    expected = stack.grad(lambda model, a, b: F.cross_entropy(model(a), b), x, y, theta=theta)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (x, y, theta)))  # nothing is overwritten
+    with pytest.raises(ValueError, match="this MLP reads"):
+        stack.grad(class_loss, x[..., 1:], y)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        MLP([5, 4, 3], activation=nn.Tanh),
+        nn.Sequential(nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 3)),
+        nn.Sequential(nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 3)),
+        nn.Sequential(nn.Linear(5, 3), nn.ReLU()),
+        nn.Sequential(nn.Linear(5, 4).requires_grad_(False), nn.ReLU(), nn.Linear(4, 3)),
+    ],
+)
+def test_other_modules_go_through_autograd(module):
+    stack = Stack([module])
+    x, y = torch.randn(1, 6, 5), torch.randint(0, 3, (1, 6))
+    found, _ = stack.grad(class_loss, x, y)
+    own = [p for p in module.parameters() if p.requires_grad]
+    parts = torch.autograd.grad(F.cross_entropy(module(x[0]), y[0]), own)
+    torch.testing.assert_close(found[0], torch.cat([p.flatten() for p in parts]))
 
 
 def test_clipping_is_per_copy():

@@ -3,7 +3,8 @@
 The parameters of all copies lie in one tensor ``theta`` of shape [N, P], a row a copy. Everything
 elementwise (an optimizer, a proximal term, a compressor, a server average) is then one operation
 on one tensor; `torch.func.vmap` runs the forward passes of all copies at once, and one backward
-pass through their sum gives each copy its own gradient.
+pass through their sum gives each copy its own gradient. For `class_loss` of a ReLU perceptron the
+backward pass is written out, which is two to four times as fast.
 Five seeds cost little more than one, on a CPU and far less on a GPU.
 """
 
@@ -11,6 +12,8 @@ import copy
 
 import torch
 from torch.func import functional_call, vmap
+
+from .models.mlp import MLP
 
 # Optimizers whose update of one number depends on its neighbors in the tensor: on theta they
 # would mix parameters, and copies.
@@ -96,6 +99,8 @@ class Stack:
                 values = torch.stack([rest[k].detach() for rest in fixed])
                 self._stacked[k] = values.to(self.device, kind)
         self.base = copy.deepcopy(modules[0]).to(self.device, self.dtype)
+        self._layers = _perceptron(self.base)
+        self._inputs = next(iter(self.shapes.values()))[1:]  # of a perceptron's first layer
 
     @classmethod
     def init(cls, build, seeds, **options):
@@ -150,6 +155,9 @@ class Stack:
         """
         theta = self.theta if theta is None else theta
         out = torch.empty_like(theta) if out is None else out
+        if loss is class_loss and self._layers and batch[0].shape[2:] == self._inputs:
+            rows = self._chunks(theta, batch)
+            return out, torch.cat([self._grad_by_hand(*batch, theta, out, r) for r in rows])
         self.base.train()
         one = vmap(
             lambda p, rest, *b: loss(_Model(self, p, rest), *b),
@@ -323,6 +331,31 @@ class Stack:
         width = self.chunk or n
         return [slice(a, min(a + width, n)) for a in range(0, n, width)]
 
+    @torch.no_grad()
+    def _grad_by_hand(self, x, y, theta, out, rows):
+        """Fill rows of `out` with the gradients of `class_loss` of perceptrons; return losses."""
+        x, y, params = x[rows], y[rows, None], self.params(theta[rows])
+        hidden = [x.mT]  # inputs of every layer, [N, width, B]: samples last, where rows are longer
+        for w, b in self._layers:
+            if len(hidden) > 1:
+                hidden[-1].relu_()
+            hidden.append(torch.baddbmm(params[b][..., None], params[w], hidden[-1]))
+        logits = hidden.pop()
+        logits -= logits.amax(1, keepdim=True)
+        chosen = logits.gather(1, y)
+        error = logits.exp_()
+        total = error.sum(1, keepdim=True)
+        error /= total
+        error.scatter_add_(1, y, error.new_full((), -1.0).expand(y.shape))
+        error /= y.shape[-1]
+        grads = self.params(out[rows])
+        for (w, b), inputs in zip(reversed(self._layers), reversed(hidden)):
+            grads[w].copy_(error @ inputs.mT)
+            grads[b].copy_(error.sum(2))
+            if inputs is not hidden[0]:
+                error = (params[w].mT @ error).mul_(inputs > 0)
+        return (total.log() - chosen).mean((1, 2))
+
     def _rest(self, rows):
         return {k: v[rows] for k, v in self._stacked.items()}
 
@@ -366,6 +399,29 @@ def cross_entropy(logits, target):
     return (logits.logsumexp(-1) - chosen).mean()
 
 
+def class_loss(model, x, y):
+    """Return the mean cross-entropy of ``model(x)``, [B, classes], for class indices y [B].
+
+    The usual loss of a classifier, for `Stack.grad` and what builds on it: a function known by
+    name, because its gradient is written out for perceptrons.
+    """
+    return cross_entropy(model(x), y)
+
+
+def _perceptron(module):
+    """Return the names (weight, bias) of a ReLU perceptron's layers; none for other modules."""
+    layers = list(module.children())
+    linear, between = layers[::2], layers[1::2]
+    plain = (
+        type(module) in (torch.nn.Sequential, MLP)
+        and len(layers) % 2 == 1
+        and all(type(m) is torch.nn.Linear and m.bias is not None for m in linear)
+        and all(type(m) is torch.nn.ReLU for m in between)
+        and all(p.requires_grad for p in module.parameters())
+    )
+    return [(f"{2 * i}.weight", f"{2 * i}.bias") for i in range(len(linear))] if plain else []
+
+
 def clip(grad, max_norm):
     """Scale every copy's gradient to a norm of at most `max_norm`, in place.
 
@@ -379,4 +435,4 @@ def clip(grad, max_norm):
     return grad.mul_((max_norm / (norm + 1e-6)).clamp_(max=1.0))
 
 
-__all__ = ["Stack", "clip", "cross_entropy"]
+__all__ = ["Stack", "class_loss", "clip", "cross_entropy"]

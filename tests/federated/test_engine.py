@@ -6,7 +6,7 @@ import torch
 from miniature import data
 from miniature.federated.baselines import FedAvg, FedProx, Scaffold
 from miniature.federated.engine import Method, federate, per_run
-from miniature.federated.objectives import Classification, Quadratics, SoftmaxRegression
+from miniature.federated.objectives import Classification, Quadratics
 from miniature.models import MLP
 from miniature.stack import Stack
 
@@ -248,17 +248,21 @@ def test_runs_on_a_gpu():
     torch.testing.assert_close(h.theta.cpu(), g.theta, atol=1e-10, rtol=0)
 
 
-def test_softmax_regression_is_classification_by_a_linear_layer():
+def test_batches_with_replacement_come_from_the_own_data_and_do_not_depend_on_the_stack():
     g = torch.Generator().manual_seed(1)
-    x, y = torch.randn(20, 5, generator=g, dtype=DOUBLE), torch.randint(0, 3, (20,), generator=g)
-    parts = [list(torch.arange(20).split([6, 14]))] * 2
-    stack = Stack.init(lambda: MLP([5, 3]), [0, 1], dtype=DOUBLE)
-    options = dict(weight_decay=0.1, relabel=(1, torch.tensor([1, 2, 0])))
-    kinds = [kind(stack, x, y, parts, 4, **options) for kind in (Classification, SoftmaxRegression)]
-    active = torch.tensor([[0, 1], [1, 0]])
-    batch = kinds[0].batches(active, 1, [3, 4], 0)[0]
-    theta = torch.randn(2, 2, stack.size, generator=g, dtype=DOUBLE)
-    expected, found = (kind.grad(theta, active, batch) for kind in kinds)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
-    with pytest.raises(ValueError, match="linear layer"):
-        SoftmaxRegression(Stack.init(lambda: MLP([5, 4, 3]), [0, 1]), x, y, parts, 4)
+    x, y = torch.arange(20.0)[:, None], torch.randint(0, 3, (20,), generator=g)
+    parts = list(torch.arange(20).split([6, 14]))
+    active = torch.tensor([[0, 1], [1, 0], [1, 0]])
+
+    def draw(runs, steps, seeds):
+        stack = Stack.init(lambda: MLP([1, 3]), range(len(runs)))
+        clients = Classification(stack, x, y, [parts] * len(runs), 50, replace=True)
+        batches = clients.batches(active[runs], steps, seeds, t=2)
+        return torch.stack([b[0] for b in batches]).view(steps, len(runs), 2, 50)
+
+    drawn = draw([0, 1, 2], 3, [7, 7, 8])
+    assert drawn[:, 0, 0].unique().tolist() == list(range(6))
+    assert drawn[:, 0, 1].unique().tolist() == list(range(6, 20))
+    assert torch.equal(drawn[:, 0], drawn[:, 1].flip(1))  # the same seed: the same batches
+    assert not torch.equal(drawn[:, 1], drawn[:, 2])
+    assert torch.equal(drawn[:1, 2], draw([2], 1, [8])[:, 0])

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from .. import data
-from ..stack import cross_entropy
+from ..stack import class_loss
 
 
 class Quadratics:
@@ -110,6 +110,9 @@ class Classification:
         Adds ``weight_decay * theta`` to gradients.
     relabel : tuple (int, torch.Tensor), optional
         Label flipping: the first clients, as many as the int says, see label ``table[y]``.
+    replace : bool
+        Draw batches with replacement, for all clients of a run at once, instead of going through
+        the data in shuffled epochs. For small models drawing the epochs takes half of the time.
 
     Raises
     ------
@@ -117,8 +120,10 @@ class Classification:
         If the runs have different numbers of clients, or a client has no data.
     """
 
-    def __init__(self, stack, x, y, parts, batch_size, weight_decay=0.0, relabel=None):
-        self.stack, self.x, self.y, self.relabel = stack, x, y, relabel
+    def __init__(
+        self, stack, x, y, parts, batch_size, weight_decay=0.0, relabel=None, replace=False
+    ):
+        self.stack, self.x, self.y, self.relabel, self.replace = stack, x, y, relabel, replace
         self.batch_size, self.weight_decay = batch_size, weight_decay
         self.n_clients = len(parts[0])
         if any(len(run) != self.n_clients for run in parts):
@@ -135,6 +140,13 @@ class Classification:
     def batches(self, active, steps, seeds, t):
         """Draw the mini-batches of one round: a list of `steps` pairs (x, y), first axis S * A."""
         active = active.cpu()
+        draw = self._with_replacement if self.replace else self._in_epochs
+        own = self._index[self._runs, active].flatten(0, 1)  # [S * A, largest client]
+        at = draw(active, steps, seeds, t)  # [S * A, K, B]
+        index = own.gather(1, at.flatten(1)).view(at.shape).transpose(0, 1).to(self.x.device)
+        return [(_rows(self.x, i), self._labels(i, active)) for i in index]
+
+    def _in_epochs(self, active, steps, seeds, t):
         # A stream of its own for every run seed, client and round; runs with equal seeds share it.
         streams = [
             (seed * 1_000_003 + i) * 1_000_003 + t + 1
@@ -144,11 +156,15 @@ class Classification:
         rows = list(zip(self._sizes[self._runs, active].flatten().tolist(), streams))
         place = {row: k for k, row in enumerate(dict.fromkeys(rows))}
         sizes, streams = zip(*place)
-        at = data.batches(sizes, self.batch_size, steps, streams)
-        at = at[[place[row] for row in rows]]  # [S * A, K, B]
-        own = self._index[self._runs, active].flatten(0, 1)  # [S * A, largest client]
-        index = own.gather(1, at.flatten(1)).view(at.shape).transpose(0, 1).to(self.x.device)
-        return [(self.x[i], self._labels(i, active)) for i in index]
+        return data.batches(sizes, self.batch_size, steps, streams)[[place[row] for row in rows]]
+
+    def _with_replacement(self, active, steps, seeds, t):
+        # A stream for every run seed and round. Steps come first: fewer see the same batches.
+        shape = (steps, self.n_clients, self.batch_size)
+        u = {s: np.random.default_rng([s, 5, t]).random(shape, np.float32) for s in set(seeds)}
+        u = torch.stack([torch.from_numpy(u[s])[:, row] for s, row in zip(seeds, active)])
+        sizes = self._sizes[self._runs, active][:, None, :, None]
+        return (u * sizes).long().transpose(1, 2).flatten(0, 1)
 
     def _labels(self, index, active):
         y = self.y[index]
@@ -161,14 +177,14 @@ class Classification:
     def grad(self, x, active, batch):
         """Return the mini-batch gradients of the active clients: [S, A, P]."""
         theta = x.reshape(-1, x.shape[-1])
-        g, _ = self.stack.grad(_loss, *batch, theta=theta)
+        g, _ = self.stack.grad(class_loss, *batch, theta=theta)
         if self.weight_decay:
             g.add_(theta, alpha=self.weight_decay)
         return g.view(x.shape)
 
     def loss(self, x, active, batch):
         """Return the mini-batch losses of the active clients: [S, A]."""
-        losses = self.stack.map(_loss, *batch, theta=x.reshape(-1, x.shape[-1]))
+        losses = self.stack.map(class_loss, *batch, theta=x.reshape(-1, x.shape[-1]))
         return losses.view(x.shape[:2])
 
     def full_grad(self, x, active):
@@ -187,47 +203,9 @@ class Classification:
         return g.view(x.shape)
 
 
-class SoftmaxRegression(Classification):
-    """`Classification` by one linear layer: the same gradient in closed form, three times as fast.
-
-    Parameters
-    ----------
-    stack, x, y, parts, batch_size, weight_decay, relabel
-        See `Classification`; ``x`` is [B, d].
-
-    Raises
-    ------
-    ValueError
-        If the stack's models are not a linear layer with a bias.
-    """
-
-    def __init__(self, stack, *args, **options):
-        super().__init__(stack, *args, **options)
-        shapes = list(stack.shapes.values())
-        if len(shapes) != 2 or len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
-            raise ValueError(
-                f"a linear layer has a weight [classes, d] and a bias [classes], not {stack.shapes}"
-            )
-        self._shape = shapes[0]
-
-    def grad(self, x, active, batch):
-        inputs, y = batch  # [S * A, B, d] and [S * A, B]
-        theta = x.reshape(-1, x.shape[-1])
-        cut = self._shape.numel()
-        weight, bias = theta[:, :cut].unflatten(1, self._shape), theta[:, cut:, None]
-        # Classes before samples: a softmax over a short last axis would take most of the time.
-        error = torch.baddbmm(bias, weight, inputs.mT).softmax(1)
-        error.scatter_add_(1, y[:, None], error.new_full((), -1.0).expand(y.shape)[:, None])
-        error /= y.shape[1]
-        g = torch.empty_like(theta)
-        g[:, :cut], g[:, cut:] = (error @ inputs).flatten(1), error.sum(2)
-        if self.weight_decay:
-            g.add_(theta, alpha=self.weight_decay)
-        return g.view(x.shape)
-
-
-def _loss(model, x, y):
-    return cross_entropy(model(x), y)
+def _rows(x, index):
+    """Return x[index], in a fifth of the time."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def _weighted_loss(model, x, y, weight):
