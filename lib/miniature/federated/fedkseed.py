@@ -12,7 +12,7 @@ $$\hat g = \frac{L(w + \epsilon z_k; b) - L(w - \epsilon z_k; b)}{2 \epsilon}, \
 w \leftarrow w - \eta\, \hat g\, z_k, \qquad a^{loc}_k \leftarrow a^{loc}_k + \hat g .$$
 
 The client uploads $a^{loc}$, K scalars; the server adds up, with $p_j$ one over the number of
-clients in the round (the released code can also weight by data size):
+clients in the round (the released code weights by data size unless told otherwise):
 
 $$a \leftarrow a + \sum_j p_j\, a^{loc}_j, \qquad w = w_0 - \eta \sum_{k=1}^K a_k z_k .$$
 
@@ -70,17 +70,16 @@ class FedKSeed(Method):
         self.pool, self.eps, self.seed = pool, eps, seed
 
     def server_state(self, zeros):
-        seeds = seeds_of(self.seed, zeros)
-        distinct = list(dict.fromkeys(seeds))
+        seeds, which = np.unique(seeds_of(self.seed, zeros), return_inverse=True)
         K = int(np.max(self.pool))
         used = (torch.arange(K) < torch.as_tensor(self.pool).view(-1, 1)).to(zeros)
-        draws = (np.random.default_rng([seed, 4]) for seed in distinct)  # of the seeds s_k
-        z = [torch.stack([normal(zeros[0], g) for _ in range(K)]) for g in draws]
+        draws = (np.random.default_rng([seed, 4]) for seed in seeds)  # of the seeds s_k
+        z = torch.stack([normal(zeros[0], g) for g in draws for _ in range(K)])
         return {
             "a": zeros.new_zeros(len(zeros), K),
             "P": (used / used.sum(1, keepdim=True)).expand(len(zeros), -1),
-            "Z": torch.stack(z).to(zeros.device),  # [pools, K, P]
-            "which": torch.tensor([distinct.index(s) for s in seeds], device=zeros.device),
+            "Z": z.view(len(seeds), K, -1).to(zeros.device),  # [pools, K, P]
+            "which": torch.from_numpy(which).to(zeros.device),
         }
 
     def local_step(self, x, grad, c):
@@ -122,17 +121,15 @@ class FedKSeed(Method):
 
     def rebuild(self, theta, a, server):
         """Return theta - eta sum_k a_k z_k: [S, P] from theta [S, P] and a [S, K]."""
-        moves = []
-        for row, pool in zip(a, server["which"].tolist()):
-            k = row.nonzero()[:, 0]  # a round uses few entries of a large pool
-            moves.append(row[k] @ server["Z"][pool, k])
-        return theta - per_run(self.lr, theta) * torch.stack(moves)
+        moves = torch.stack([row @ server["Z"][i] for row, i in zip(a, server["which"])])
+        return theta - per_run(self.lr, theta) * moves
 
 
 class FedKSeedPro(FedKSeed):
     """FedKSeed-Pro: directions with large slopes are drawn more often.
 
     A client sends two more vectors of K numbers: sums of the sizes of its slopes, and counts.
+    (Pairs of index and slope, one for each step, would tell the server all three.)
 
     Parameters
     ----------
@@ -187,19 +184,14 @@ class FedMeZO(Method):
 
     def local_step(self, x, grad, c):
         if c.k == 0:
-            c.streams, c.steps = self.streams(c), []
+            runs = zip(seeds_of(self.seed, x), c.active.tolist())
+            c.streams = [[np.random.default_rng([s, 3, c.t, i]) for i in row] for s, row in runs]
+            c.steps = []
         z = [torch.stack([normal(x[0, 0], g) for g in row]) for row in c.streams]
         z = torch.stack(z).to(x.device)
         g = two_sided(grad.loss, x, z, self.eps)
         c.steps.append((g, z))
         return x - c.lr * g * z
-
-    def streams(self, c):
-        """Return where the seeds of every active client's directions in this round come from."""
-        return [
-            [np.random.default_rng([s, 3, c.t, i]) for i in row]
-            for s, row in zip(seeds_of(self.seed, c.x0), c.active.tolist())
-        ]
 
     def message(self, x, c):
         g = torch.cat([g for g, _ in c.steps], -1)
@@ -232,14 +224,14 @@ def taken(g, c):
 
 def normal(like, g):
     """Return z(s), standard normal numbers shaped like `like`, for a seed s that g draws."""
-    generator = torch.Generator().manual_seed(int(g.integers(2**62)))
-    return torch.randn(
-        like.shape, dtype=like.dtype, generator=generator
-    )  # on every device the same
+    generator = torch.Generator().manual_seed(int(g.integers(2**62)))  # the same on every device
+    return torch.randn(like.shape, dtype=like.dtype, generator=generator)
 
 
 class LoRA(nn.Module):
     """A frozen MLP with a trainable correction B A of low rank on each weight; B starts at 0.
+
+    A and B may have a leading axis of copies; inputs are then [copies, batch, features].
 
     Parameters
     ----------
@@ -259,7 +251,7 @@ class LoRA(nn.Module):
         for layer in self.base:
             if isinstance(layer, nn.Linear):
                 A, B = next(corrections)
-                x = layer(x) + (x @ A.T) @ B.T
+                x = layer(x) + (x @ A.mT) @ B.mT
             else:
                 x = layer(x)
         return x
@@ -267,6 +259,8 @@ class LoRA(nn.Module):
 
 class Prompt(nn.Module):
     """A frozen MLP with a trainable offset of its input: what a prompt is to a network of tokens.
+
+    The offset may have a leading axis of copies, as in `LoRA`.
 
     Parameters
     ----------
@@ -279,4 +273,4 @@ class Prompt(nn.Module):
         self.offset = nn.Parameter(torch.zeros(base[0].in_features))
 
     def forward(self, x):
-        return self.base(x + self.offset)
+        return self.base(x + self.offset[..., None, :])
