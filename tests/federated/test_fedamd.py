@@ -95,7 +95,7 @@ def fedamd_loop(q, run, seed, rounds, p, eta):
 @pytest.mark.parametrize("p", [0.4, lambda t: float(t % 3 == 0)], ids=["constant", "{0,1}"])
 def test_engine_equals_a_loop_over_clients(p, batch_size, eta):
     q = problem(batch_size)
-    h = solve(FedAMD(LR, p, eta, SEEDS), q)
+    h = solve(FedAMD(LR, p, eta), q)
     for run, seed in enumerate(SEEDS):
         x, v = fedamd_loop(q, run, seed, 12, p if callable(p) else lambda t: p, eta)
         np.testing.assert_allclose(h.theta[run], x, atol=1e-12, rtol=0)
@@ -207,14 +207,15 @@ def test_anchors_do_not_walk_and_without_miners_the_model_stays():
 
 def test_an_entry_is_as_old_as_a_geometric_law_says():
     # Renewed with probability q = p A / N a round: 1/q rounds old on average when it is used.
-    who, method = Census(20), FedAMD(LR, [0.25, 0.5, 0.9], seeds=[3, 4, 5])
+    who, method = Census(20), FedAMD(LR, [0.25, 0.5, 0.9])
     generators = [np.random.default_rng([seed, 0]) for seed in (3, 4, 5)]
     born, ages = np.zeros((3, 40)), []
     for t in range(4000):
         present = who(generators, 40, t)
         ages.append(t - born.mean(1))
         everyone = torch.arange(40).expand(3, -1)
-        c = SimpleNamespace(t=t, n_clients=40, active=everyone, present=torch.from_numpy(present))
+        here = torch.from_numpy(present)
+        c = SimpleNamespace(t=t, n_clients=40, active=everyone, present=here, seeds=(3, 4, 5))
         born = np.where(present & method.anchors(c).numpy(), t, born)
     expected = 40 / (np.array([0.25, 0.5, 0.9]) * 20)
     np.testing.assert_allclose(np.mean(ages[200:], axis=0), expected, rtol=0.03)
@@ -224,7 +225,7 @@ def test_it_has_no_floor_where_small_batches_leave_one_to_fedavg():
     q = Regression.random(SEEDS, N, SAMPLES, D, 2, squares=True)
     ends = {}
     for p in (0.5, 0.0):  # with p = 0 the compass stays that of x_0
-        h = solve(FedAMD(0.1, p, seeds=SEEDS), q, 400)
+        h = solve(FedAMD(0.1, p), q, 400)
         ends[p] = gradient(q, h.theta).norm(dim=1)
     assert (ends[0.5] < 1e-6).all() and (ends[0.0] > 1e-2).all()
 
@@ -293,14 +294,20 @@ def test_a_schedule_is_checked_when_it_is_used():
         solve(FedAMD(LR, lambda t: 0.4 * t), problem(), 5)
 
 
-def test_hyperparameters_and_anchor_streams_may_differ_between_runs():
+def test_hyperparameters_may_differ_between_runs():
     q = problem()
-    together = solve(FedAMD([0.2, 0.1], [0.5, 0.2], [1.0, 0.5], [7, 8]), q).theta
-    for i, values in enumerate([(0.2, 0.5, 1.0, 7), (0.1, 0.2, 0.5, 8)]):
+    together = solve(FedAMD([0.2, 0.1], [0.5, 0.2], [1.0, 0.5]), q).theta
+    for i, values in enumerate([(0.2, 0.5, 1.0), (0.1, 0.2, 0.5)]):
         alone = solve(FedAMD(*values), q).theta
         torch.testing.assert_close(together[i], alone[i], atol=1e-13, rtol=0)
-    other = solve(FedAMD([0.2, 0.1], [0.5, 0.2], [1.0, 0.5], [7, 9]), q).theta
-    assert torch.equal(other[0], together[0]) and not torch.equal(other[1], together[1])
+
+
+def test_anchors_depend_on_the_seed_of_a_run_and_on_nothing_else():
+    method, present = FedAMD(LR, 0.5), torch.ones(3, 30, dtype=torch.bool)
+    c = SimpleNamespace(t=4, n_clients=30, active=torch.arange(30).expand(3, -1), present=present)
+    c.seeds = [7, 8, 7]
+    first, second, third = method.anchors(c)
+    assert torch.equal(first, third) and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -308,7 +315,7 @@ def test_hyperparameters_and_anchor_streams_may_differ_between_runs():
 def test_type_and_device_are_kept(dtype, device):
     q = Quadratics.random(SEEDS, N, D, device=device, dtype=dtype)
     start = torch.zeros_like(q.b[:, 0])
-    for method in (FedAMD(0.03, [0.3, 0.5], seeds=SEEDS), FedPAGE(0.03)):
+    for method in (FedAMD(0.03, [0.3, 0.5]), FedPAGE(0.03)):
         h = federate(method, q, start, rounds=20, steps=K, seeds=SEEDS, active=Census(ACTIVE, 0.2))
         assert h.theta.dtype == dtype and h.theta.device.type == device
         assert h.server["g"].dtype == dtype and h.theta.isfinite().all()
@@ -319,7 +326,7 @@ def test_type_and_device_are_kept(dtype, device):
 def test_the_gpu_agrees_with_the_cpu_on_regressions():
     one, two = (
         federate(
-            FedAMD(LR, 0.4, seeds=SEEDS),
+            FedAMD(LR, 0.4),
             Regression.random(SEEDS, N, SAMPLES, D, 2, device=device),
             torch.zeros(2, D, dtype=torch.float64, device=device),
             rounds=20,

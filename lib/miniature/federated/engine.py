@@ -32,7 +32,8 @@ class Method:
       steps old it is (zero unless clients are slow);
     - ``client`` and ``server``, the state by name (assign to change it);
     - ``lr``, this round's local rate; ``K``, the number of local steps (an int, or [S, A, 1]);
-      ``k``, the current one; ``t``, the round, from 0;
+      ``k``, the current one; ``t``, the round, from 0; ``seeds``, those of the runs, for what a
+      method draws by itself;
     - ``active`` [S, A], the clients' indices, and ``present`` [S, A], false where a row is padding;
       ``n_clients``;
     - ``send(v)``, what the receiver gets when clients send v [S, A, P];
@@ -196,7 +197,10 @@ def federate(
     zeros = theta.new_zeros(()).expand(S, n, theta.shape[1])  # takes no memory until copied
     store = {k: v.clone() for k, v in method.client_state(zeros).items()}
     c = SimpleNamespace(
-        server=method.server_state(torch.zeros_like(theta)), n_clients=n, send=wire.send
+        server=method.server_state(torch.zeros_like(theta)),
+        n_clients=n,
+        seeds=seeds,
+        send=wire.send,
     )
     held = theta[:, None].repeat(1, n, 1) if stale else None  # the model that each client has
     since = torch.zeros(S, n, dtype=torch.long, device=theta.device)

@@ -42,8 +42,6 @@ class FedAMD(Method):
         Probability of being an anchor, in [0, 1]; a callable maps the round t to it.
     eta : float or sequence of S floats
         Server rate eta_s.
-    seeds : int or sequence of S ints
-        Draw the anchors: from one stream a run, or the same in all runs.
 
     Raises
     ------
@@ -54,10 +52,9 @@ class FedAMD(Method):
     is_sgd = False
     downloads = ("g",)
 
-    def __init__(self, lr, p=0.2, eta=1.0, seeds=0):
+    def __init__(self, lr, p=0.2, eta=1.0):
         super().__init__(lr, eta)
         self.p = p if callable(p) else _probability(p)
-        self.seeds = seeds
 
     def client_state(self, zeros):
         return {"v": zeros}  # lies at the server, a row per client
@@ -70,9 +67,8 @@ class FedAMD(Method):
         if c.t == 0:
             return torch.ones_like(c.present)
         p = _probability(self.p(c.t)) if callable(self.p) else self.p
-        seeds = np.broadcast_to(self.seeds, len(c.active)).tolist()
-        draws = {s: np.random.default_rng([s, 5, c.t]).random(c.n_clients) for s in set(seeds)}
-        u = torch.from_numpy(np.stack([draws[s] for s in seeds])).to(c.active.device)
+        draws = {s: np.random.default_rng([s, 5, c.t]).random(c.n_clients) for s in set(c.seeds)}
+        u = torch.from_numpy(np.stack([draws[s] for s in c.seeds])).to(c.active.device)
         return u.gather(1, c.active) < per_run(p, u)
 
     def local_step(self, x, grad, c):

@@ -83,6 +83,7 @@ def apps(method, objective, theta, *, rounds, steps, seed, active=None, decay=1.
             present=one,
             age=torch.zeros(1, 1, dtype=torch.long, device=theta.device),
             n_clients=n,
+            seeds=[seed],
             send=lambda v: v,
         )
         c.full_grad = lambda x: objective.full_grad(x, c.active)
@@ -99,7 +100,7 @@ def apps(method, objective, theta, *, rounds, steps, seed, active=None, decay=1.
         model, who = theta.clone(), Sample(active or n)
         generators = [np.random.default_rng([seed, 0])]
         c = SimpleNamespace(
-            server=method.server_state(torch.zeros_like(model)), n_clients=n, K=steps
+            server=method.server_state(torch.zeros_like(model)), n_clients=n, K=steps, seeds=[seed]
         )
         for c.t in range(rounds):
             chosen = np.flatnonzero(who(generators, n, c.t)[0])
