@@ -339,7 +339,8 @@ class Stack:
         for w, b in self._layers:
             if len(hidden) > 1:
                 hidden[-1].relu_()
-            hidden.append(torch.baddbmm(params[b][..., None], params[w], hidden[-1]))
+            inputs = params[w], hidden[-1]
+            hidden.append(torch.baddbmm(params[b][..., None], *inputs) if b else torch.bmm(*inputs))
         logits = hidden.pop()
         logits -= logits.amax(1, keepdim=True)
         chosen = logits.gather(1, y)
@@ -351,7 +352,8 @@ class Stack:
         grads = self.params(out[rows])
         for (w, b), inputs in zip(reversed(self._layers), reversed(hidden)):
             grads[w].copy_(error @ inputs.mT)
-            grads[b].copy_(error.sum(2))
+            if b:
+                grads[b].copy_(error.sum(2))
             if inputs is not hidden[0]:
                 error = (params[w].mT @ error).mul_(inputs > 0)
         return (total.log() - chosen).mean((1, 2))
@@ -409,17 +411,20 @@ def class_loss(model, x, y):
 
 
 def _perceptron(module):
-    """Return the names (weight, bias) of a ReLU perceptron's layers; none for other modules."""
+    """Return the names (weight, bias or None) of a ReLU perceptron's layers; [] for others."""
     layers = list(module.children())
     linear, between = layers[::2], layers[1::2]
     plain = (
         type(module) in (torch.nn.Sequential, MLP)
         and len(layers) % 2 == 1
-        and all(type(m) is torch.nn.Linear and m.bias is not None for m in linear)
+        and all(type(m) is torch.nn.Linear for m in linear)
         and all(type(m) is torch.nn.ReLU for m in between)
         and all(p.requires_grad for p in module.parameters())
     )
-    return [(f"{2 * i}.weight", f"{2 * i}.bias") for i in range(len(linear))] if plain else []
+    if not plain:
+        return []
+    names = [(f"{2 * i}.weight", f"{2 * i}.bias") for i in range(len(linear))]
+    return [(w, None if m.bias is None else b) for (w, b), m in zip(names, linear)]
 
 
 def clip(grad, max_norm):
