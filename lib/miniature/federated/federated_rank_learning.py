@@ -54,6 +54,8 @@ class Supermask(Classification):
 
     Attributes
     ----------
+    layers : list of int
+        Numbers of edges of the layers; P is their sum.
     weights : torch.Tensor, shape [S, P]
 
     Raises
@@ -66,18 +68,16 @@ class Supermask(Classification):
         self, stack, x, y, parts, batch_size, seeds, k=0.5, weight_decay=0.0, magnitude=False
     ):
         super().__init__(stack, x, y, parts, batch_size)
-        self.layers = [shape.numel() for shape in stack.shapes.values()]
+        shapes = list(stack.shapes.values())
+        self.layers = [shape.numel() for shape in shapes]
         self.kept = [n - int((1 - k) * n) for n in self.layers]
         if not 0 < k <= 1 or not min(self.kept):
             raise ValueError(f"k must lie in (0, 1] and keep an edge of every layer, got {k}")
         self.decay, self.magnitude = weight_decay, magnitude
-        size = [
-            torch.full((shape.numel(),), math.sqrt(2 * shape[0] / shape.numel()))
-            for shape in stack.shapes.values()
-        ]
+        size = np.concatenate([np.full(s.numel(), math.sqrt(2 * s[0] / s.numel())) for s in shapes])
         # A stream of its own: signs must not be correlated with scores drawn from the same seed.
-        signs = [np.random.default_rng([seed, 3]).choice((-1.0, 1.0), stack.size) for seed in seeds]
-        self.weights = (torch.cat(size) * torch.from_numpy(np.stack(signs))).to(stack.theta)
+        signs = [np.random.default_rng([seed, 3]).choice((-1.0, 1.0), len(size)) for seed in seeds]
+        self.weights = torch.from_numpy(size * np.stack(signs)).to(stack.theta)
 
     def mask(self, scores):
         """Return m(s), true for the edges in the network: [..., P]."""
@@ -90,7 +90,10 @@ class Supermask(Classification):
 
     def subnet(self, scores):
         """Return the weights of the network, theta_w * m(s): [S, ..., P]."""
-        return torch.where(self.mask(scores), self._weights(scores), 0.0)
+        if scores.ndim == 3 and scores.stride(1) == 0:
+            # A round begins: all clients of a run have the same scores, and one mask is enough.
+            return self.subnet(scores[:, 0])[:, None].expand(-1, scores.shape[1], -1)
+        return self._weights(scores) * self.mask(scores)
 
     def grad(self, x, active, batch):
         """Return the straight-through gradients for the scores x: [S, A, P]."""
@@ -105,7 +108,7 @@ class Supermask(Classification):
         return self._through(super().full_grad(self.subnet(x), active), x)
 
     def _through(self, g, x):
-        """Turn gradients for the weights of the network into those for the scores x, in place."""
+        """Turn gradients for the weights of the network into those for the scores x."""
         g = g.mul_(self._weights(x))
         if self.magnitude:
             g.mul_(x.sign())  # the derivative of |s|
@@ -144,7 +147,7 @@ class FRL(LocalMomentum):
     ----------
     lr : float or sequence of S floats
         Rate of the local steps on the scores.
-    scores : torch.Tensor, shape [S, P] or [P], optional
+    scores : torch.Tensor, shape [S, P], optional
         The initial scores: what the server hands out by rank. Default: evenly spaced from -1 to 1.
     layers : sequence of int, optional
         Numbers of edges of the layers, each ranked by itself. Default: one layer.
@@ -162,28 +165,22 @@ class FRL(LocalMomentum):
 
     def __init__(self, lr, scores=None, layers=None, momentum=0.9, share=1.0):
         super().__init__(lr, momentum)
-        self.layers = layers
-        self.ladder = None if scores is None else ordered(scores, layers)
-        self.ballot = Ballot(layers, share)
+        self.scores, self.layers, self.ballot = scores, layers, Ballot(layers, share)
+
+    def server_state(self, zeros):
+        even = torch.linspace(-1, 1, zeros.shape[1]).to(zeros).expand_as(zeros)
+        return {"ladder": ordered(even if self.scores is None else self.scores, self.layers)}
 
     def message(self, x, c):
         """Send P_u, the position of each edge; it is the inverse of R_u and takes the same bits."""
-        # Sums of positions are exact in double precision, whatever the precision of the scores.
-        return {"positions": c.send(ranks(x, self.layers).double(), self.ballot)}
+        return {"positions": c.send(ranks(x, self.layers), self.ballot)}
 
     def server_step(self, theta, message, c):
-        ranking = ranks(c.sum(message["positions"]), self.layers)  # of V
-        ladders = split(self._ladder(theta).expand_as(theta), self.layers)
+        ranking = ranks(c.sum(message["positions"]), self.layers)  # of V, which is P of R_g
+        ladders = split(c.server["ladder"], self.layers)
         new = [s.gather(-1, r) for s, r in zip(ladders, split(ranking, self.layers))]
         # Where nobody voted there is nothing to count.
         return torch.where(c.present.any(1, keepdim=True), torch.cat(new, -1), theta)
-
-    def _ladder(self, theta):
-        """Return s^0 in order, layer by layer."""
-        if self.ladder is not None:
-            return self.ladder.to(theta)
-        parts = split(theta, self.layers)
-        return torch.cat([torch.linspace(-1, 1, p.shape[-1]) for p in parts]).to(theta)
 
 
 class Ballot:
@@ -329,7 +326,9 @@ def argsort(v):
     # the sign flipped) are in the order of the floats; sorting them with the id as their lower
     # half is stable, and three times as fast on a CPU.
     bits = (single + 0.0).numpy().view(np.int32)  # -0.0 becomes 0.0
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = bits.astype(np.int64) << 32 | np.arange(v.shape[-1])
+    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(v.shape[-1])
     keys.sort(-1)
-    return torch.from_numpy(keys & 0xFFFFFFFF)
+    keys &= 0xFFFFFFFF
+    return torch.from_numpy(keys)
