@@ -290,6 +290,33 @@ def test_expand_adds_the_fewest_directions_that_suffice(epsilon, r):
             assert S[k - r - 1 :].square().sum() / X[run].square().sum() >= 1 - wanted[run]
 
 
+def test_clients_count_by_their_number_of_samples():
+    stack, xs, _, _, theta, basis = after_one_task(0.9)
+    sizes, grid = torch.tensor([[1, 1, 10], [9, 2, 1]]), (0.91, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99)
+    ranks = [
+        rank(
+            end_of_task(
+                stack, theta, xs[1], sizes, basis, layers=["0"], epsilon=e, seeds=SEEDS, s=40
+            )["0"]
+        )
+        for e in grid
+    ]
+    for run, own in enumerate(sizes.tolist()):
+        O = basis["0"][run].numpy()
+        X = torch.cat([xs[1][run], torch.ones(C * M, 1)], 1).numpy()
+        R, start, r = X - X @ O @ O.T, 0, 0.0
+        for n in own:
+            mine = slice(start, start + n)
+            r += n / (C * M) * (np.linalg.norm(R[mine]) / np.linalg.norm(X[mine])) ** 2
+            start += n
+        draw = np.random.default_rng([SEEDS[run], 3, 0])
+        S = np.linalg.svd(R.T @ draw.standard_normal((C * M, 40), dtype=np.float32))[1] ** 2
+        for e, found in zip(grid, ranks):
+            enough = (r - (1 - e)) / r
+            k = next(k for k in range(len(S)) if S[:k].sum() / S.sum() > enough)
+            assert found[run] == rank(basis["0"])[run] + k
+
+
 def test_expand_adds_nothing_where_nothing_is_missing():
     O = subspace(2, 1, 6, 3)
     Y = torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..stack import cross_entropy
+from ..stack import class_loss
 from .engine import Method, per_run
 
 
@@ -165,7 +165,7 @@ def sketches(X, O, sizes, s, seeds, stream=0):
     s : int
         Width of the sketch.
     seeds : sequence of S ints
-        Draw Gamma, standard normal.
+        Draw Gamma, standard normal. Runs with equal seeds share it.
     stream : int
         Another one gives independent draws.
 
@@ -186,13 +186,16 @@ def sketches(X, O, sizes, s, seeds, stream=0):
         raise ValueError(f"clients hold {int(sizes.sum(1).max())} rows, X only {X.shape[1]}")
     R = X - (X @ O) @ O.mT
     Y, ratio = X.new_empty(*sizes.shape, X.shape[2], s), X.new_empty(sizes.shape)
+    draws = {seed: np.random.default_rng([seed, 3, stream]) for seed in seeds}
+    gammas = {
+        seed: torch.from_numpy(draw.standard_normal((X.shape[1], s), dtype=np.float32)).to(X)
+        for seed, draw in draws.items()
+    }
     for run, (seed, own) in enumerate(zip(seeds, sizes.tolist())):
-        draw, start = np.random.default_rng([seed, 3, stream]), 0
-        gamma = draw.standard_normal((sum(own), s), dtype=np.float32)
-        gamma = torch.from_numpy(gamma).to(X)
+        start = 0
         for i, n in enumerate(own):
             mine = slice(start, start + n)
-            torch.mm(R[run, mine].T, gamma[mine], out=Y[run, i])
+            torch.mm(R[run, mine].T, gammas[seed][mine], out=Y[run, i])
             ratio[run, i] = R[run, mine].square().sum() / X[run, mine].square().sum()
             start += n
     return Y, ratio
@@ -356,9 +359,5 @@ def fisher(stack, theta, x, y):
     """
     n = x.shape[1]
     rows = theta.repeat_interleave(n, 0)
-    g, _ = stack.grad(_loss, x.flatten(0, 1)[:, None], y.flatten()[:, None], theta=rows)
+    g, _ = stack.grad(class_loss, x.flatten(0, 1)[:, None], y.flatten()[:, None], theta=rows)
     return g.square_().unflatten(0, (-1, n)).mean(1)
-
-
-def _loss(model, x, y):
-    return cross_entropy(model(x), y)
