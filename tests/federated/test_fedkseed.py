@@ -34,7 +34,7 @@ def normal(shape, g):
     return torch.randn(shape, generator=generator, dtype=torch.float64).numpy()
 
 
-def loop(A, b, seed, rounds, pool, clip=None):
+def loop(A, b, seed, rounds, pool, clip=None, steps=(T,) * N):
     """The paper on one problem, a client and a step at a time; `clip` is for FedKSeed-Pro.
 
     With pool = None every step has a direction of its own.
@@ -48,10 +48,10 @@ def loop(A, b, seed, rounds, pool, clip=None):
     for t in range(rounds):
         sampled = draw.permutation(N)[:ACTIVE]
         moved, change = [], []
-        table = np.random.default_rng([seed, 3, t]).random((T, N))
+        table = np.random.default_rng([seed, 3, t]).random((max(steps), N))
         for i in sampled:
             x, own, stream = w.copy(), np.zeros(pool or 0), np.random.default_rng([seed, 3, t, i])
-            for step in range(T):
+            for step in range(steps[i]):
                 if pool:
                     k = np.searchsorted(np.cumsum(P) / np.cumsum(P)[-1], table[step, i])
                     z = Z[k]
@@ -75,23 +75,28 @@ def loop(A, b, seed, rounds, pool, clip=None):
     return (w, a, P) if pool else w
 
 
+UNEQUAL = pytest.mark.parametrize("steps", [[T] * N, [1, 2, 3, 4, 5, 6]])
+
+
+@UNEQUAL
 @pytest.mark.parametrize("clip", [None, 1000.0, 0.5])
-def test_engine_equals_a_loop_over_clients(clip):
+def test_engine_equals_a_loop_over_clients(clip, steps):
     q = quadratics()
     kind = FedKSeed(LR, K, EPS, SEEDS) if clip is None else FedKSeedPro(LR, K, EPS, SEEDS, clip)
-    h = solve(kind, q, active=ACTIVE)
+    h = solve(kind, q, active=ACTIVE, steps=steps)
     for i, seed in enumerate(SEEDS):
-        w, a, P = loop(q.A[i].numpy(), q.b[i].numpy(), seed, 8, K, clip)
+        w, a, P = loop(q.A[i].numpy(), q.b[i].numpy(), seed, 8, K, clip, steps)
         np.testing.assert_allclose(h.theta[i], w, atol=1e-11, rtol=0)
         np.testing.assert_allclose(h.server["a"][i], a, atol=1e-10, rtol=0)
         np.testing.assert_allclose(h.server["P"][i], P, atol=1e-10, rtol=0)
 
 
-def test_an_unlimited_pool_equals_a_loop_over_clients():
+@UNEQUAL
+def test_an_unlimited_pool_equals_a_loop_over_clients(steps):
     q = quadratics()
-    h = solve(FedMeZO(LR, EPS, SEEDS), q, active=ACTIVE)
+    h = solve(FedMeZO(LR, EPS, SEEDS), q, active=ACTIVE, steps=steps)
     for i, seed in enumerate(SEEDS):
-        w = loop(q.A[i].numpy(), q.b[i].numpy(), seed, 8, None)
+        w = loop(q.A[i].numpy(), q.b[i].numpy(), seed, 8, None, steps=steps)
         np.testing.assert_allclose(h.theta[i], w, atol=1e-11, rtol=0)
 
 
@@ -116,7 +121,7 @@ class Watched(FedKSeed):
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("who", [None, ACTIVE, Bernoulli([0.3] * N)])
-@pytest.mark.parametrize("steps", [T, [1, 2, 3, 4, 5, 6]])
+@UNEQUAL
 def test_the_average_of_the_clients_is_rebuilt_from_k_scalars(who, steps, dtype, tol):
     q = quadratics(dtype=dtype)
     method = Watched(LR, K, seed=SEEDS)
@@ -222,13 +227,22 @@ def test_pro_prefers_large_slopes_by_a_factor_of_at_most_e():
     torch.testing.assert_close(P.amax(1) / P.amin(1), torch.full((2,), math.e, dtype=P.dtype))
 
 
+@pytest.mark.parametrize("kind", [FedKSeed, FedKSeedPro, FedMeZO])
+def test_a_run_that_diverges_leaves_the_others_alone(kind):
+    both = solve(kind([1e200, LR], seed=SEEDS), quadratics(), active=ACTIVE)
+    alone = solve(kind(LR, seed=SEEDS), quadratics(), active=ACTIVE)
+    assert not both.theta[0].isfinite().all()
+    torch.testing.assert_close(both.theta[1], alone.theta[1], atol=1e-12, rtol=0)
+
+
 def test_adapters_start_as_the_network_and_count_their_numbers():
     torch.manual_seed(0)
-    base, x = MLP([6, 4, 3]), torch.randn(10, 6)
+    base, x = MLP([6, 4, 3]), torch.randn(2, 10, 6)
     for wrapped, size in ((LoRA(base, 2), 2 * (6 + 4) + 2 * (4 + 3)), (Prompt(base), 6)):
         torch.testing.assert_close(wrapped(x), base(x))
         assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == size
     lora = LoRA(base, 2)
+    assert LoRA(MLP([100, 3]), 100).A[0].std().item() == pytest.approx(0.1, rel=0.05)
     torch.nn.init.normal_(lora.B[0])
     merged = MLP([6, 4, 3])
     merged.load_state_dict(base.state_dict())

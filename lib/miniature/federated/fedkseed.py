@@ -86,10 +86,12 @@ class FedKSeed(Method):
         if c.k == 0:
             c.drawn, c.steps = self.draw(c), []
         k = c.drawn[..., min(c.k, c.drawn.shape[-1] - 1)]  # later steps are of absent clients
-        z = c.server["Z"][c.server["which"][:, None], k]
+        Z = c.server["Z"]
+        row = (c.server["which"][:, None] * Z.shape[1] + k).flatten()
+        z = Z.flatten(0, 1).index_select(0, row).view(x.shape)  # faster than Z[which, k]
         g = two_sided(grad.loss, x, z, self.eps)
         c.steps.append((k[..., None], g))
-        return x - c.lr * g * z
+        return x.addcmul(c.lr * g, z, value=-1)
 
     def draw(self, c):
         """Return the entries of the pool that clients use in this round: [S, A, steps]."""
@@ -185,13 +187,14 @@ class FedMeZO(Method):
     def local_step(self, x, grad, c):
         if c.k == 0:
             runs = zip(seeds_of(self.seed, x), c.active.tolist())
-            c.streams = [[np.random.default_rng([s, 3, c.t, i]) for i in row] for s, row in runs]
+            c.who = [(s, i) for s, row in runs for i in row]
+            c.streams = {(s, i): np.random.default_rng([s, 3, c.t, i]) for s, i in c.who}
             c.steps = []
-        z = [torch.stack([normal(x[0, 0], g) for g in row]) for row in c.streams]
-        z = torch.stack(z).to(x.device)
+        z = {who: normal(x[0, 0], g) for who, g in c.streams.items()}
+        z = torch.stack([z[who] for who in c.who]).view(x.shape).to(x.device)
         g = two_sided(grad.loss, x, z, self.eps)
         c.steps.append((g, z))
-        return x - c.lr * g * z
+        return x.addcmul(c.lr * g, z, value=-1)
 
     def message(self, x, c):
         g = torch.cat([g for g, _ in c.steps], -1)
@@ -205,8 +208,8 @@ class FedMeZO(Method):
 
 def two_sided(loss, x, z, eps):
     """Return the slopes (L(x + eps z) - L(x - eps z)) / (2 eps): [S, A, 1] for x, z [S, A, P]."""
-    step = eps * z
-    return ((loss(x + step) - loss(x - step)) / (2 * eps))[..., None]
+    up, down = loss(x.add(z, alpha=eps)), loss(x.sub(z, alpha=eps))
+    return ((up - down) / (2 * eps))[..., None]
 
 
 def seeds_of(seed, like):
@@ -231,7 +234,7 @@ def normal(like, g):
 class LoRA(nn.Module):
     """A frozen MLP with a trainable correction B A of low rank on each weight; B starts at 0.
 
-    A and B may have a leading axis of copies; inputs are then [copies, batch, features].
+    Inputs are [copies, batch, features]; A and B may have the leading axis of copies, too.
 
     Parameters
     ----------
@@ -247,14 +250,15 @@ class LoRA(nn.Module):
         self.B = nn.ParameterList(torch.zeros(m, rank) for m, _ in shapes)
 
     def forward(self, x):
-        corrections = iter(zip(self.A, self.B))
+        corrections, x = iter(zip(self.A, self.B)), x.mT  # samples last: rows are longer
         for layer in self.base:
             if isinstance(layer, nn.Linear):
                 A, B = next(corrections)
-                x = layer(x) + (x @ A.mT) @ B.mT
+                W, B = (v.expand(len(x), -1, -1) for v in (layer.weight, B))
+                x = torch.baddbmm(layer.bias[:, None], W, x).baddbmm_(B, A @ x)
             else:
                 x = layer(x)
-        return x
+        return x.mT
 
 
 class Prompt(nn.Module):
