@@ -290,6 +290,7 @@ class GPM(FOT):
     """Gradient projection memory: each local step follows the projected gradient.
 
     With one client that holds all data, and the basis of `pooled`, this is the centralized method.
+    (FOT's server then projects once more, which changes nothing.)
     """
 
     def local_step(self, x, grad, c):
@@ -299,9 +300,6 @@ class GPM(FOT):
                 raise ValueError(f"GPM is centralized: it needs one client, not {g.shape[1]}")
             g = self.project(g[:, 0])[:, None]
         return x - c.lr * g
-
-    def server_step(self, theta, message, c):
-        return Method.server_step(self, theta, message, c)
 
 
 def pooled(stack, theta, x, basis, *, layers, epsilon):
