@@ -1,5 +1,7 @@
 """A stack is N separate models, to rounding."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,6 +163,7 @@ def test_the_fast_cross_entropy_is_pytorchs():
         lambda: MLP([5, 7, 6, 3]),
         lambda: nn.Sequential(nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 3)),
         lambda: nn.Sequential(nn.Linear(5, 3, bias=False)),
+        lambda: nn.Sequential(OrderedDict(a=nn.Linear(5, 4), b=nn.ReLU(), c=nn.Linear(4, 3))),
     ],
 )
 @pytest.mark.parametrize("chunk", [None, 2])

@@ -412,8 +412,8 @@ def class_loss(model, x, y):
 
 def _perceptron(module):
     """Return the names (weight, bias or None) of a ReLU perceptron's layers; [] for others."""
-    layers = list(module.children())
-    linear, between = layers[::2], layers[1::2]
+    layers = dict(module.named_children())
+    linear, between = list(layers.values())[::2], list(layers.values())[1::2]
     plain = (
         type(module) in (torch.nn.Sequential, MLP)
         and len(layers) % 2 == 1
@@ -423,8 +423,10 @@ def _perceptron(module):
     )
     if not plain:
         return []
-    names = [(f"{2 * i}.weight", f"{2 * i}.bias") for i in range(len(linear))]
-    return [(w, None if m.bias is None else b) for (w, b), m in zip(names, linear)]
+    return [
+        (f"{name}.weight", None if m.bias is None else f"{name}.bias")
+        for name, m in zip(list(layers)[::2], linear)
+    ]
 
 
 def clip(grad, max_norm):

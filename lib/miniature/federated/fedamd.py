@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from .engine import Method, per_run
+from .objectives import per_seed
 from .participation import Sample
 
 
@@ -67,8 +68,8 @@ class FedAMD(Method):
         if c.t == 0:
             return torch.ones_like(c.present)
         p = _probability(self.p(c.t)) if callable(self.p) else self.p
-        draws = {s: np.random.default_rng([s, 5, c.t]).random(c.n_clients) for s in set(c.seeds)}
-        u = torch.from_numpy(np.stack([draws[s] for s in c.seeds])).to(c.active.device)
+        u = per_seed(c.seeds, lambda s: np.random.default_rng([s, 5, c.t]).random(c.n_clients))
+        u = u.to(c.active.device)
         return u.gather(1, c.active) < per_run(p, u)
 
     def local_step(self, x, grad, c):
@@ -220,8 +221,8 @@ class Regression:
         if size == n:
             return [self._data(active)] * steps
         shape = (steps, self.n_clients, size)
-        at = {s: np.random.default_rng([s, 2, t]).integers(n, size=shape) for s in set(seeds)}
-        at = torch.from_numpy(np.stack([at[s] for s in seeds], 1)).to(self.y.device)
+        at = per_seed(seeds, lambda s: np.random.default_rng([s, 2, t]).integers(n, size=shape))
+        at = at.transpose(0, 1).to(self.y.device)
         runs, rows = self._runs[..., None], active[..., None]
         at = at[:, self._runs, active]  # [K, S, A, B]
         return [(self.a[runs, rows, i], self.y[runs, rows, i]) for i in at]

@@ -112,6 +112,11 @@ class Schedule:
         heapq.heappush(self._queue, (job.arrival, 0, len(self.jobs) - 1))
         return len(self.jobs) - 1
 
+    def launch_all(self, now, steps):
+        """Start a job of every client from the current model."""
+        for client in range(self.n_clients):
+            self.launch(now, client, steps)
+
     def events(self, horizon):
         """Yield (time, kind, number) until the horizon."""
         while self._queue[0][0] <= horizon:
@@ -150,16 +155,14 @@ class Schedule:
 def synchronous(step_times, horizon, steps=100):
     """Schedule FedAvg: all clients take the same steps, and all wait for the slowest."""
     s = Schedule(step_times)
-    for client in range(s.n_clients):
-        s.launch(0.0, client, steps)
+    s.launch_all(0.0, steps)
     arrived = []
     for now, _, job in s.events(horizon):
         arrived.append(job)
         if len(arrived) == s.n_clients:
             s.updates.append((now, arrived))
             arrived = []
-            for client in range(s.n_clients):
-                s.launch(now, client, steps)
+            s.launch_all(now, steps)
     return s
 
 
@@ -168,8 +171,7 @@ def asynchronous(step_times, horizon, steps=100, buffer=1):
     if buffer < 1:
         raise ValueError(f"the buffer must be at least 1, got {buffer}")
     s = Schedule(step_times)
-    for client in range(s.n_clients):
-        s.launch(0.0, client, steps)
+    s.launch_all(0.0, steps)
     arrived = []
     for now, _, job in s.events(horizon):
         arrived.append(job)
@@ -243,8 +245,7 @@ def compass(step_times, horizon, q_min=20, q_max=100, late=1.2, momentum=0.9):
         for i in sorted((s.jobs[j].client for j in group.arrived), key=speed.get):
             assign(i, now)
 
-    for i in range(s.n_clients):
-        s.launch(0.0, i, q_max)
+    s.launch_all(0.0, q_max)
     for now, kind, number in s.events(horizon):
         if kind == 1:
             group = s.groups[number]

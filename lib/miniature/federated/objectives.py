@@ -75,8 +75,8 @@ class Quadratics:
         if not self.noise:
             return [(A, b)] * steps
         shape = (steps, *b.shape[1:])
-        noise = {s: np.random.default_rng([s, 2, t]).normal(size=shape) for s in set(seeds)}
-        noise = torch.from_numpy(np.stack([noise[s] for s in seeds], 1)).to(b) * self.noise
+        noise = per_seed(seeds, lambda s: np.random.default_rng([s, 2, t]).normal(size=shape))
+        noise = noise.transpose(0, 1).to(b) * self.noise
         return [(A, b + z) for z in noise]
 
     def grad(self, x, active, batch):
@@ -161,10 +161,9 @@ class Classification:
     def _with_replacement(self, active, steps, seeds, t):
         # A stream for every run seed and round. Steps come first: fewer see the same batches.
         shape = (steps, self.n_clients, self.batch_size)
-        u = {s: np.random.default_rng([s, 5, t]).random(shape, np.float32) for s in set(seeds)}
-        u = torch.stack([torch.from_numpy(u[s])[:, row] for s, row in zip(seeds, active)])
-        sizes = self._sizes[self._runs, active][:, None, :, None]
-        return (u * sizes).long().transpose(1, 2).flatten(0, 1)
+        u = per_seed(seeds, lambda s: np.random.default_rng([s, 5, t]).random(shape, np.float32))
+        u = u[self._runs, :, active]  # [S, A, K, B]
+        return (u * self._sizes[self._runs, active][..., None, None]).long().flatten(0, 1)
 
     def _labels(self, index, active):
         y = self.y[index]
@@ -196,11 +195,17 @@ class Classification:
         weight = real.to(x.dtype) / sizes[:, None]
         theta = x.reshape(-1, x.shape[-1])
         g, _ = self.stack.grad(
-            _weighted_loss, self.x[index], self._labels(index, rows), weight, theta=theta
+            _weighted_loss, _rows(self.x, index), self._labels(index, rows), weight, theta=theta
         )
         if self.weight_decay:
             g.add_(theta, alpha=self.weight_decay)
         return g.view(x.shape)
+
+
+def per_seed(seeds, draw):
+    """Return what every run draws, ``draw(seed)``, stacked; runs with equal seeds share it."""
+    drawn = {s: draw(s) for s in set(seeds)}
+    return torch.from_numpy(np.stack([drawn[s] for s in seeds]))
 
 
 def _rows(x, index):
