@@ -185,3 +185,35 @@ def test_table_carries_the_record_and_a_text_without_numbers():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_slope_of_a_mean_is_bootstrapped():
+    g = np.random.default_rng(3)
+    n = np.array([10, 30, 100, 300])
+    hits = 0
+    for _ in range(200):  # Bernoulli losses of mean 1 / n: most curves have zeros
+        y = g.poisson(4 * 30 / n, size=(40, 4)) / 30
+        _, lo, hi = claims.exponent(n, y, average=True)
+        hits += lo <= -1 <= hi
+    assert hits >= 180  # of 95 %
+    from scipy.stats import bootstrap
+
+    x = np.log(n) - np.log(n).mean()
+
+    def fit(rows, axis=-1):
+        return np.log(y[rows].mean(-2)) @ x / (x @ x)
+
+    oracle = bootstrap((np.arange(40),), fit, n_resamples=9999, rng=1).confidence_interval
+    np.testing.assert_allclose((lo, hi), oracle, atol=0.02)
+    same = claims.exponent(n, np.tile(n**0.5, (20, 1)), average=True)  # no spread
+    np.testing.assert_allclose(same, 0.5)
+
+
+def test_a_region_of_slopes_may_be_one_sided():
+    x = np.array([1.0, 2, 4, 8])
+    rate = slope("C", "", x, np.stack([x, 1.1 * x, x]), between=(-np.inf, 1.2), paper="")
+    assert rate.verdict == "reproduced" and rate.unit == "(at most 1.2)"
+    with pytest.raises(ValueError, match="either"):
+        slope("C", "", x, x, paper="")
+    with pytest.raises(ValueError, match="S >= 20"):
+        slope("C", "", x, np.stack([x] * 5), between=(0, 1), average=True, paper="")

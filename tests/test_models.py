@@ -290,7 +290,6 @@ def test_generation_follows_the_full_forward_pass():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_generation_on_a_gpu_equals_that_on_a_cpu(positions):
     model = gpt(positions, dtype=torch.float64)

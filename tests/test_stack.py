@@ -251,7 +251,7 @@ def test_batch_norm_without_running_statistics_is_admitted():
     assert stack(torch.randn(1, 8, 3)).shape == (1, 8, 3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_the_gpu_agrees_with_the_cpu():
     x, y = (t[0] for t in data(torch.float64))
     cpu, gpu = (Stack.init(mlp, range(N), dtype=torch.float64, device=d) for d in ("cpu", "cuda"))

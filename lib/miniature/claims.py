@@ -10,7 +10,8 @@ confidence interval over seeds:
 
 A null effect therefore comes out as *reproduced* in at most 2.5 % of all experiments with normal
 noise (one tail of a 95 % interval). Intervals are Student's t over seeds: with five seeds a
-bootstrap has too few distinct resamples to keep its promise, the t interval keeps it.
+bootstrap has too few distinct resamples to keep its promise, the t interval keeps it. The slope of
+an expected value (a mean over many seeds, then a logarithm) is bootstrapped.
 
 A method that diverges (a value that is not finite) has not reproduced its claim. A baseline that
 diverges makes a comparison inconclusive: beating it would prove only that it was badly tuned.
@@ -210,26 +211,29 @@ def close(id, claim, measured, expected, *, tol, paper, relative=False):
     return Claim(id, claim, "close", paper, verdict, error, unit=f"({kind} error; at most {tol:g})")
 
 
-def slope(id, claim, x, y, *, expected, tol, paper, loglog=True):
-    """Check a rate: the slope of y against x lies within a tolerance of the expected one.
+def exponent(x, y, *, average=False, loglog=True):
+    """Fit a line to (log) y against (log) x and return its slope with a 95 % interval.
 
     Parameters
     ----------
-    id, claim, paper : str
-        As in `compare`.
-    x : array_like, shape [T]
+    x : array_like, shape [T], T >= 3
     y : array_like, shape [S, T] or [T]
-        A curve per seed. The slope is fitted to each; the interval is over seeds. For a single
-        curve it comes from the residuals of the fit.
-    expected, tol : float
-        The region is ``[expected - tol, expected + tol]``.
+        A curve per seed. For a single curve the interval comes from the residuals of the fit.
+    average : bool
+        False: fit each seed's curve; Student's t interval over seeds. True: fit the curve of the
+        *mean* over seeds, as for an expected regret, which single seeds may well miss (they may be
+        zero); bootstrap interval (BCa), which draws whole curves again. Wants 20 seeds or more.
     loglog : bool
-        Fit log y against log x: the exponent of a power law.
+        Take logarithms of both: the slope is the exponent of a power law.
+
+    Returns
+    -------
+    slope, lo, hi : float
 
     Raises
     ------
     ValueError
-        If fewer than three points are given, shapes do not fit, or a logarithm is not defined.
+        If shapes do not fit, a logarithm is not defined, or seeds are too few to resample.
     """
     x, y = _array(x), _array(y)
     if x.ndim != 1 or len(x) < 3 or y.shape[-1] != len(x) or y.ndim > 2:
@@ -237,27 +241,89 @@ def slope(id, claim, x, y, *, expected, tol, paper, loglog=True):
             f"x must have shape [T], T >= 3, and y [S, T] or [T]; got {list(x.shape)} and "
             f"{list(y.shape)}"
         )
-    if not np.isfinite(y).all():
-        return Claim(id, claim, "slope", paper, "not reproduced", detail="diverged")
-    if loglog:
-        if (x <= 0).any() or (y <= 0).any():
-            raise ValueError("a log-log slope needs positive x and y")
-        x, y = np.log(x), np.log(y)
-    centered = x - x.mean()
-    slopes = y @ centered / (centered @ centered)
-    if y.ndim == 2:
-        mean, lo, hi = (float(v) for v in interval(slopes))
-    else:
+    if average and (y.ndim != 2 or len(y) < 20):
+        raise ValueError(f"the mean over seeds needs y [S, T], S >= 20; got {list(y.shape)}")
+    fitted = y.mean(0) if average else y
+    if loglog and ((x <= 0).any() or (fitted <= 0).any()):
+        raise ValueError("a log-log slope needs positive x and y")
+    u = np.log(x) if loglog else x
+    centered = u - u.mean()
+
+    def fit(values):
+        return (np.log(values) if loglog else values) @ centered / (centered @ centered)
+
+    if y.ndim == 2 and not average:
+        return tuple(float(v) for v in interval(fit(y)))
+    if not average:
         from scipy.special import stdtrit
 
-        residual = y - y.mean() - slopes * centered
+        slope, v = fit(y), np.log(y) if loglog else y
+        residual = v - v.mean() - slope * centered
         error = math.sqrt(residual @ residual / (len(x) - 2) / (centered @ centered))
         half = stdtrit(len(x) - 2, 0.975) * error
-        mean, lo, hi = float(slopes), float(slopes - half), float(slopes + half)
-    verdict = _within(lo, hi, expected - tol, expected + tol)
-    return Claim(
-        id, claim, "slope", paper, verdict, mean, (lo, hi), f"(expected {expected:g} ± {tol:g})"
-    )
+        return float(slope), float(slope - half), float(slope + half)
+    return _bca(y, lambda curves: fit(curves.mean(-2)))
+
+
+def _bca(y, statistic, draws=2000):
+    """Bias-corrected and accelerated bootstrap interval (Efron 1987) over the rows of y [S, ...].
+
+    `statistic` maps [..., S, T] to [...]. The draws are the same in every call.
+    """
+    from scipy.special import ndtr, ndtri
+
+    n = len(y)
+    rows = np.random.default_rng(0).integers(n, size=(draws, n))
+    with np.errstate(divide="ignore", invalid="ignore"):  # the logarithm of a mean of zeros only
+        at, again = statistic(y), statistic(y[rows])
+        left = np.array([statistic(np.delete(y, i, 0)) for i in range(n)])
+    again, left = np.sort(again[np.isfinite(again)]), left[np.isfinite(left)]
+    d = left.mean() - left
+    a = (d**3).sum() / max(6 * (d**2).sum() ** 1.5, 1e-300)
+    share = (np.searchsorted(again, at) + np.searchsorted(again, at, "right")) / (2 * len(again))
+    z0 = ndtri(np.clip(share, 1 / draws, 1 - 1 / draws))
+    z = z0 + ndtri([0.025, 0.975])
+    lo, hi = np.quantile(again, ndtr(z0 + z / (1 - a * z)))
+    return float(at), float(lo), float(hi)
+
+
+def slope(
+    id, claim, x, y, *, paper, expected=None, tol=None, between=None, average=False, loglog=True
+):
+    """Check a rate: the slope of y against x lies in a region.
+
+    Parameters
+    ----------
+    id, claim, paper : str
+        As in `compare`.
+    x : array_like, shape [T]
+    y : array_like, shape [S, T] or [T]
+        A curve per seed.
+    expected, tol : float, optional
+        The region is ``[expected - tol, expected + tol]``.
+    between : tuple of float, optional
+        The region is ``[between[0], between[1]]``; either may be infinite.
+    average, loglog : bool
+        As in `exponent`, which fits the slope and its interval.
+
+    Raises
+    ------
+    ValueError
+        If the region is missing or stated twice; as in `exponent`.
+    """
+    if (between is None) == (expected is None) or (expected is None) != (tol is None):
+        raise ValueError("a slope needs either expected= and tol=, or between=")
+    below, above = between or (expected - tol, expected + tol)
+    if between is None:
+        unit = f"(expected {expected:g} ± {tol:g})"
+    else:
+        ends = (("at least", below), ("at most", above))
+        unit = "(" + ", ".join(f"{word} {v:g}" for word, v in ends if math.isfinite(v)) + ")"
+    if not np.isfinite(_array(y)).all():
+        return Claim(id, claim, "slope", paper, "not reproduced", unit=unit, detail="diverged")
+    fitted, lo, hi = exponent(x, y, average=average, loglog=loglog)
+    verdict = _within(lo, hi, below, above)
+    return Claim(id, claim, "slope", paper, verdict, fitted, (lo, hi), unit)
 
 
 def bound(id, claim, values, *, upper=None, lower=None, paper, every=False, unit=""):

@@ -11,10 +11,6 @@ from miniature.federated.engine import federate
 from miniature.federated.objectives import Quadratics
 from miniature.federated.participation import Bernoulli, Trace
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 LR, ETA, K, N, WAIT = 0.02, 0.2, 4, 6, 2
 SEEDS = [0, 1]
 RATES = np.array([4.0, 4.0, 4.0, 1.0, 1.0, 1.0])
@@ -232,7 +228,7 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(dtype, device):
     q = Quadratics.random(SEEDS, N, 5, device=device, dtype=dtype)
     arrivals = returns(RATES, WAIT, 20, SEEDS)

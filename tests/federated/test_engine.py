@@ -238,7 +238,6 @@ def test_digits_are_learned():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_runs_on_a_gpu():
     stack, clients = problem([0, 1], device="cuda")
     h = federate(Scaffold(0.1), clients, stack.theta, rounds=2, steps=3, seeds=[0, 1], active=2)

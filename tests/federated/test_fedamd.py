@@ -14,10 +14,6 @@ from miniature.federated.participation import Bernoulli, clock
 from miniature.models import MLP
 from miniature.stack import Stack
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 LR, K, N, ACTIVE, SAMPLES, D = 0.2, 4, 6, 3, 8, 5
 SEEDS = [0, 1]
 
@@ -311,7 +307,7 @@ def test_anchors_depend_on_the_seed_of_a_run_and_on_nothing_else():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(dtype, device):
     q = Quadratics.random(SEEDS, N, D, device=device, dtype=dtype)
     start = torch.zeros_like(q.b[:, 0])
@@ -322,7 +318,6 @@ def test_type_and_device_are_kept(dtype, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_agrees_with_the_cpu_on_regressions():
     one, two = (
         federate(

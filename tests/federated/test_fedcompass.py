@@ -24,10 +24,6 @@ from miniature.federated.participation import clock
 from miniature.models import MLP
 from miniature.stack import Stack
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 LR = 0.03
 
 
@@ -377,7 +373,7 @@ def test_bad_input_is_refused(call, message):
         call()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(device):
     s = compass(erratic(0), 60, 2, 8)
     for dtype in (torch.float32, torch.float64):
@@ -388,7 +384,6 @@ def test_type_and_device_are_kept(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_learns_the_same():
     s = compass(erratic(0, 4), 60, 2, 8)
     cpu, gpu = (learn([(FedCompass(0.1), s)], [0], device) for device in ("cpu", "cuda"))

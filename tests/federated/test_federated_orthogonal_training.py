@@ -25,10 +25,6 @@ from miniature.federated.objectives import Classification, Quadratics
 from miniature.models import MLP
 from miniature.stack import Stack
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 SEEDS, LAYERS, SIZES, C, M = [0, 1], ["0", "2", "4"], [64, 20, 20, 10], 3, 4
 RATE = 0.1
 
@@ -427,7 +423,7 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(dtype, device):
     stack, _, _, tasks, theta, basis = after_one_task(1.0, device=device, dtype=dtype)
     new = train(FOT(RATE, stack=stack, basis=basis), tasks[1], theta)

@@ -23,10 +23,6 @@ from miniature.federated.objectives import Quadratics
 from miniature.federated.participation import Trace
 from miniature.stack import Stack, class_loss
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 SEEDS = [0, 1]
 
 
@@ -321,7 +317,7 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(dtype, device):
     start, objective = supermask(dtype, device)
     method = FRL(5.0, start, objective.layers, share=0.5)

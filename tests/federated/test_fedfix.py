@@ -18,10 +18,6 @@ from miniature.federated.fedfix import (
 from miniature.federated.objectives import Quadratics
 from miniature.federated.participation import Cyclic, Sample, clock
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 SEEDS = [0, 1]
 TIMES = np.array([1.0, 0.83, 0.61, 0.44, 0.31, 0.2])
 N, LR, K = len(TIMES), 0.02, 4
@@ -261,7 +257,7 @@ def test_bad_input_is_named(call, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(dtype, device):
     q = quadratics(device=device, dtype=dtype)
     theta = solve(fedfix(TIMES, 6.0, 0.3), q, momentum=0.9)

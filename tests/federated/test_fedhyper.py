@@ -17,10 +17,6 @@ from miniature.federated.fedhyper import (
 )
 from miniature.federated.objectives import Quadratics
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 LR, K, N, ACTIVE, T = 0.02, 4, 6, 3, 8
 SEEDS = [0, 1]
 WIDE = (1e-9, 1e9)
@@ -328,7 +324,7 @@ def test_inner_keeps_the_axis():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(dtype, device):
     q = Quadratics.random(SEEDS, N, 5, device=device, dtype=dtype)
     for method in (FedHyperG(LR), FedHyperGM(LR), FedHyperSL(LR), FedHyperCL(LR), FedExp(LR)):

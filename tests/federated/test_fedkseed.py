@@ -12,10 +12,6 @@ from miniature.federated.objectives import Quadratics
 from miniature.federated.participation import Bernoulli
 from miniature.models import MLP
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 LR, K, N, ACTIVE, D, T, EPS = 0.01, 7, 6, 3, 5, 4, 0.3
 SEEDS = [0, 1]
 
@@ -273,7 +269,7 @@ def test_one_seed_a_run_and_a_constant_rate():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(dtype, device):
     q = Quadratics.random(SEEDS, N, D, device=device, dtype=dtype)
     for method in (FedKSeed(LR, K, seed=SEEDS), FedKSeedPro(LR, K), FedMeZO(LR, seed=SEEDS)):

@@ -11,10 +11,6 @@ from miniature.federated.engine import federate
 from miniature.federated.fedspeed import FedSpeed, FedSpeedReleased
 from miniature.federated.objectives import Quadratics
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 LR, LAM, K = 0.1, 0.8, 10
 SEEDS = [0, 1]
 
@@ -229,7 +225,7 @@ def test_alpha_is_checked(alpha):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(dtype, device):
     q = Quadratics.random(SEEDS, 6, 5, device=device, dtype=dtype)
     for kind in (FedSpeed, FedSpeedReleased):

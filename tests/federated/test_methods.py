@@ -124,7 +124,6 @@ def test_chunking_changes_nothing(kind, digits):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_agrees_with_the_cpu(kind, digits):
     cpu, gpu = classify(kind(LR), digits), classify(kind(LR), digits, device="cuda")
     torch.testing.assert_close(gpu.theta.cpu(), cpu.theta, atol=1e-3, rtol=1e-3)

@@ -28,10 +28,6 @@ EVERY = {
     "continual": ContinualRerceFed(),
     "stationary": StationaryDual(),
 }
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 
 
 def well_posed(seeds=SEEDS, clients=5, d=3, factor=1.0, **options):
@@ -370,7 +366,7 @@ def test_bad_input_is_named(bad, message):
         bad()
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_gpu_gives_what_the_cpu_gives(device):
     there = run(EVERY, well_posed(device=device), 0.1, active=3)
     here = run(EVERY, well_posed(), 0.1, active=3)

@@ -21,10 +21,6 @@ from miniature.federated.rffl_reputation import (
     largest,
 )
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 LR, K, N, D = 0.03, 3, 6, 12
 LAYERS = [7, 4, 1]
 SEEDS = [0, 1]
@@ -408,7 +404,7 @@ def test_other_arguments_are_checked():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(dtype, device):
     q = Quadratics.random(SEEDS, N, D, device=device, dtype=dtype)
     for method in (RFFL(LR, layers=LAYERS, shares=SHARES), CarryOver(LR), FoolsGold(LR)):

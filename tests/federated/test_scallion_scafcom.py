@@ -11,10 +11,6 @@ from miniature.federated.objectives import Quadratics
 from miniature.federated.participation import Bernoulli, Trace
 from miniature.federated.scallion_scafcom import FedCOMGATE, FedEF, FedPAQ, Scafcom, Scallion
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
 LR, K, N, ACTIVE = 0.03, 5, 6, 3
 SEEDS = [0, 1]
 
@@ -251,7 +247,7 @@ def test_weights_are_checked(kind, name, value):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_type_and_device_are_kept(dtype, device):
     q = Quadratics.random(SEEDS, N, 5, device=device, dtype=dtype)
     for method, compressor in ((Scallion(LR, 0.3), RandK(0.4)), (Scafcom(LR), TopK(0.4))):

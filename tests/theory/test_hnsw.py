@@ -280,7 +280,6 @@ def test_beam_search_pads_what_cannot_be_reached():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_beam_search_on_a_gpu():
     x, q = points(3000, 8), points(200, 8, 1)
     index = HNSW(8, 8, 60).add(x)
