@@ -73,7 +73,7 @@ def test_counts_of_a_multinomial():
 
 
 def test_offline_data(mdp):
-    mu = torch.rand(3, 4, 2, dtype=torch.float64)
+    mu = 0.5 + torch.rand(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mu = mu / mu.sum((-1, -2), keepdim=True)
     n = 100_000
     counts, rewards = offline(mdp, mu, n, torch.Generator().manual_seed(0))
