@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from miniature import data
 from miniature.theory.hnsw import HNSW
 from miniature.theory.search import brute_force, recall
 
@@ -25,6 +26,70 @@ def seconds(f, rounds=3):
         f()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def vectors(name, n):
+    """n vectors and 1000 queries beside them, float32."""
+    if name == "Gaussian, d = 32":
+        x = np.random.default_rng(0).standard_normal((n + 1000, 32), dtype=np.float32)
+    else:
+        split = data.mnist10k(pool=1)
+        x = torch.cat([split.x_train, split.x_test]).flatten(1).numpy()[: n + 1000]
+    return x[1000:], x[:1000]
+
+
+def exact(x, q):
+    """What NumPy users write: one matrix product, then the K smallest of each row."""
+    d = (x**2).sum(1) - 2 * q @ x.T
+    near = np.argpartition(d, K, 1)[:, :K]
+    return np.take_along_axis(near, np.take_along_axis(d, near, 1).argsort(1), 1)
+
+
+def at_recall(level, search, truth):
+    """Double ef, then halve the step, until recall reaches the level; return the ef."""
+    ef = K
+    while recall(search(ef), truth).mean() < level:
+        ef *= 2
+    step = ef // 4
+    while step >= 1 and ef > K:
+        if recall(search(ef - step), truth).mean() >= level:
+            ef -= step
+        step //= 2
+    return ef
+
+
+@pytest.mark.parametrize("name, n", [("MNIST, d = 784", 9000), ("Gaussian, d = 32", 100_000)])
+def test_queries_at_recall_95(benchmark, capsys, name, n):
+    """Queries a second at recall@10 = 0.95, against hnswlib and against exact search."""
+    hnswlib = pytest.importorskip("hnswlib", reason="the oracle hnswlib is not installed")
+    x, q = vectors(name, n if benchmark.enabled else 1000)
+    truth = exact(x.astype(np.float64), q.astype(np.float64))
+    ours = HNSW(x.shape[1], 16, 100, dtype=np.float32).add(x)
+    theirs = hnswlib.Index(space="l2", dim=x.shape[1])
+    theirs.init_index(len(x), ef_construction=100, M=16)
+    theirs.add_items(x, num_threads=1)
+
+    def search(ef):
+        return ours.search(q, K, ef)[0]
+
+    def search_theirs(ef):
+        theirs.set_ef(ef)
+        return theirs.knn_query(q, k=K, num_threads=1)[0].astype(np.int64)
+
+    ef, ef_theirs = (at_recall(0.95, f, truth) for f in (search, search_theirs))
+    benchmark.pedantic(search, (ef,), rounds=7)
+    if benchmark.enabled:
+        mine = benchmark.stats.stats.min
+        rival, brute = seconds(lambda: search_theirs(ef_theirs), 7), seconds(lambda: exact(x, q))
+        benchmark.extra_info["time relative to hnswlib"] = mine / rival
+        benchmark.extra_info["times faster than exact search"] = brute / mine
+        with capsys.disabled():
+            print(
+                f"\n{len(x)} of {name}, recall@10 = 0.95: {len(q) / mine:,.0f} queries a second "
+                f"(ef = {ef}), hnswlib {len(q) / rival:,.0f} (ef = {ef_theirs}), exact "
+                f"{len(q) / brute:,.0f}: {mine / rival:.2f} times the time of hnswlib, "
+                f"{brute / mine:.1f} times faster than exact"
+            )
 
 
 def build_and_search(x, q):
