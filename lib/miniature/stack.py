@@ -363,10 +363,10 @@ class Stack:
 
 
 class _Model:
-    """One copy inside `vmap`: called like the module that it stands for."""
+    """One copy inside `vmap`: called like the module that it stands for; `params` are by name."""
 
     def __init__(self, stack, params, rest):
-        self._base = stack.base
+        self._base, self.params = stack.base, params
         self._tensors = params | rest | stack._shared
 
     def __call__(self, *args, **kwargs):

@@ -208,11 +208,12 @@ class Attention(nn.Module):
         self.heads, self.rotate = heads, rotate
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
 
-    def forward(self, x, past=0, cache=None):
+    def forward(self, x, past=0, cache=None, prefix=None):
         """Map x [B, T, dim] at positions past, ..., past + T - 1 to [B, T, dim].
 
         `cache` holds the keys and the values of one layer, two tensors [B, heads, context, d]: the
-        first `past` positions are attended to, and the T new ones written behind them.
+        first `past` positions are attended to, and the T new ones written behind them. `prefix`
+        holds keys and values without a position, two tensors [heads, p, d], which all attend to.
         """
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -228,8 +229,12 @@ class Attention(nn.Module):
             k, v = keys[:, :, :end], values[:, :, :end]
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
         future = positions > positions[past:, None]
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
+        scores = scores.masked_fill(future, -torch.inf)
+        if prefix is not None:
+            keys, values = prefix
+            scores = torch.cat([(q / math.sqrt(q.shape[-1])) @ keys.transpose(-1, -2), scores], -1)
+            v = torch.cat([values.expand(len(v), -1, -1, -1), v], 2)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
 def rope(x, positions):
