@@ -8,6 +8,7 @@ from .cnn import CNN
 from .gpt import GPT, KVCache, rope
 from .mlp import MLP
 from .resnet import ResNet, resnet18_gn
+from .vit import ViT
 
 __all__ = [
     "CNN",
@@ -15,6 +16,7 @@ __all__ = [
     "MLP",
     "KVCache",
     "ResNet",
+    "ViT",
     "load",
     "meta",
     "names",

@@ -18,8 +18,10 @@ from ..papers import root
 from ..scale import write_json
 from .cnn import CNN
 from .gpt import GPT
+from .mlp import MLP
+from .vit import ViT
 
-_CLASSES = {"CNN": CNN, "GPT": GPT}
+_CLASSES = {"CNN": CNN, "GPT": GPT, "MLP": MLP, "ViT": ViT}
 
 
 def folder():

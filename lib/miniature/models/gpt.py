@@ -185,27 +185,27 @@ class KVCache:
 class Block(nn.Module):
     """One pre-norm block: attention, then a GELU perceptron of four times the width."""
 
-    def __init__(self, dim, heads, rotate):
+    def __init__(self, dim, heads, rotate, causal=True):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads, rotate)
+        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads, rotate, causal)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, h, past, cache):
+    def forward(self, h, past=0, cache=None):
         h = h + self.attention(self.norm1(h), past, cache)
         return h + self.mlp(self.norm2(h))
 
 
 class Attention(nn.Module):
-    """Causal self-attention: ``softmax(Q K^T / sqrt(d)) V`` in every head of d dimensions.
+    """Self-attention: ``softmax(Q K^T / sqrt(d)) V`` in every head of d dimensions.
 
     Query, key, value and output are linear layers of their own (`q`, `k`, `v`, `out`), so that an
-    adapter can take one of them.
+    adapter can take one of them. With `causal`, nothing attends to what comes after it.
     """
 
-    def __init__(self, dim, heads, rotate):
+    def __init__(self, dim, heads, rotate, causal=True):
         super().__init__()
-        self.heads, self.rotate = heads, rotate
+        self.heads, self.rotate, self.causal = heads, rotate, causal
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, x, past=0, cache=None, prefix=None):
@@ -228,8 +228,9 @@ class Attention(nn.Module):
             keys[:, :, past:end], values[:, :, past:end] = k, v
             k, v = keys[:, :, :end], values[:, :, :end]
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
-        future = positions > positions[past:, None]
-        scores = scores.masked_fill(future, -torch.inf)
+        if self.causal:
+            future = positions > positions[past:, None]
+            scores = scores.masked_fill(future, -torch.inf)
         if prefix is not None:
             keys, values = prefix
             scores = torch.cat([(q / math.sqrt(q.shape[-1])) @ keys.transpose(-1, -2), scores], -1)
