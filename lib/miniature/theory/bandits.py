@@ -256,12 +256,13 @@ class Stream:
         Mean rewards, in the order of arrival.
     memory : int
         Arms that can be kept beside the one that has just arrived.
-    horizon : int
-        Pulls in total; no run can pull more.
+    horizon : number or torch.Tensor, shape [S]
+        Pulls in total, of all runs or of each; no run can pull more.
     seed : int
 
     Attributes
     ----------
+    horizon : torch.Tensor, shape [S]
     arrived : int
         Arms seen so far.
     left : torch.Tensor, shape [S]
@@ -273,16 +274,21 @@ class Stream:
     """
 
     def __init__(self, means, memory, horizon, seed=0):
-        if memory < 1 or horizon < 1:
-            raise ValueError(f"needs memory and horizon of at least 1, got {memory} and {horizon}")
+        horizon = torch.as_tensor(horizon, device=means.device).to(means)
+        if memory < 1 or horizon.min() < 1:
+            raise ValueError(
+                f"needs memory and horizons of at least 1, got {memory} and {horizon.min():g}"
+            )
         if means.ndim != 2 or not ((means >= 0) & (means <= 1)).all():
             raise ValueError("means must have shape [S, K] and lie in [0, 1]")
         self._means, self._best = means, means.max(1).values
         S, self.n_arms = means.shape
         self._slot = torch.full((S, memory + 1), -1, device=means.device)  # which arm; -1: none
         self._rng = torch.Generator(means.device).manual_seed(seed)
-        self.memory, self.horizon, self.arrived = memory, horizon, 0
-        self.left = torch.full_like(self._best, horizon)
+        self._runs = torch.arange(S, device=means.device)
+        self.memory, self.arrived = memory, 0
+        self.horizon = horizon.expand(S).clone()
+        self.left = self.horizon.clone()
         self.regret = torch.zeros_like(self._best)
         self.peak = torch.zeros_like(self._slot[:, 0])
 
@@ -312,12 +318,14 @@ class Stream:
         ValueError
             If a run pulls a slot that holds no arm, with times > 0.
         """
-        slot = torch.as_tensor(slot, device=self.left.device).expand(len(self.left))
-        times = torch.as_tensor(times, device=self.left.device).to(self.left).expand(len(slot))
-        n = times.floor().clamp(min=0).minimum(self.left)
-        arm = _at(self._slot, slot)
-        if ((arm < 0) & (times > 0)).any():
-            raise ValueError(f"slot {slot[(arm < 0) & (times > 0)][0].item()} holds no arm to pull")
+        if not torch.is_tensor(times):
+            times = torch.full_like(self.left, times)
+        n = times.to(self.left).floor().clamp(min=0).minimum(self.left)
+        arm = self._slot[self._runs, slot]
+        empty = (arm < 0) & (times > 0)
+        if empty.any():
+            bad = slot[empty][0].item() if torch.is_tensor(slot) else slot
+            raise ValueError(f"slot {bad} holds no arm to pull")
         mean = _at(self._means, arm.clamp(min=0))
         self.left = self.left - n
         self.regret = self.regret + n * (self._best - mean)
@@ -337,31 +345,24 @@ class Stream:
         ValueError
             If a target is not one of the slots 1..memory.
         """
-        runs = torch.arange(len(self.left), device=self.left.device)
-        source, target, where = (
-            torch.as_tensor(v, device=runs.device).expand(len(runs))
-            for v in (source, target, where)
-        )
-        bad = where & ((target < 1) | (target > self.memory))
-        if bad.any():
-            raise ValueError(
-                f"arms can be kept in slots 1..{self.memory}, not in {target[bad][0].item()}"
-            )
-        runs, source, target = runs[where], source[where], target[where]
+        runs = self._runs if where is True else where.nonzero()[:, 0]
+        if len(runs) == 0:
+            return
+        source, target = (v[runs] if torch.is_tensor(v) else v for v in (source, target))
+        ends = (target.min(), target.max()) if torch.is_tensor(target) else (target, target)
+        for end in ends:
+            if not 1 <= end <= self.memory:
+                raise ValueError(f"arms can be kept in slots 1..{self.memory}, not in {int(end)}")
         arm = self._slot[runs, source]
         self._slot[runs, source] = -1
         self._slot[runs, target] = arm
         self.peak = self.peak.maximum((self._slot[:, 1:] >= 0).sum(1))
 
     def drop(self, slot, where=True):
-        """Forget the arm in a slot."""
-        runs = torch.arange(len(self.left), device=self.left.device)
-        slot, where = (
-            torch.as_tensor(v, device=runs.device).expand(len(runs)) for v in (slot, where)
-        )
-        self._slot[runs[where], slot[where]] = -1
+        """Forget the arm in a slot, in the runs where `where` [S] holds."""
+        runs = self._runs if where is True else where.nonzero()[:, 0]
+        self._slot[runs, slot[runs] if torch.is_tensor(slot) else slot] = -1
 
     def gap(self, slot):
         """Return by how much the arm in slot [S] is worse than the best: for the record only."""
-        slot = torch.as_tensor(slot, device=self.left.device).expand(len(self.left))
-        return self._best - _at(self._means, _at(self._slot, slot).clamp(min=0))
+        return self._best - _at(self._means, self._slot[self._runs, slot].clamp(min=0))
