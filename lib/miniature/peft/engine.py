@@ -420,14 +420,17 @@ def by_layer(tensors):
     return out
 
 
-def finetune(stack, method, loss, batches, optimizer, schedule=None, max_norm=None):
+def finetune(
+    stack, method, loss, batches, optimizer, schedule=None, max_norm=None, callback=None
+):
     """Train all copies of an adapted model: optimizer steps with the method's penalty and update.
 
     Parameters
     ----------
     stack : miniature.stack.Stack
         Of adapted models.
-    method : Method
+    method : Method or None
+        None where nothing but what `attach` was told to `train` is trained.
     loss : callable
         ``loss(model, *batch)`` for one copy.
     batches : iterable of tuples of torch.Tensor, each of shape [N, ...]
@@ -437,25 +440,30 @@ def finetune(stack, method, loss, batches, optimizer, schedule=None, max_norm=No
         Stepped after every step.
     max_norm : float, optional
         Clip every copy's gradient to this norm.
+    callback : callable, optional
+        Called as ``callback(t, stack)`` before the first step, t = 0, and after step t = 1, 2, ...
 
     Returns
     -------
     torch.Tensor, shape [T, N]
         The losses before each step, penalty included.
     """
+    method = method or Method()
 
     def penalized(model, *batch):
         value, extra = loss(model, *batch), method.penalty(by_layer(model.params))
         return value if extra is None else value + extra
 
-    plain = type(method).penalty is Method.penalty
+    objective = loss if type(method).penalty is Method.penalty else penalized
     losses = []
+    if callback is not None:
+        callback(0, stack)
     for t, batch in enumerate(batches, 1):
-        losses.append(
-            stack.step(optimizer, loss if plain else penalized, *batch, max_norm=max_norm)
-        )
+        losses.append(stack.step(optimizer, objective, *batch, max_norm=max_norm))
         if schedule is not None:
             schedule.step()
         with torch.no_grad():
             method.update(by_layer(stack.params()), by_layer(stack.params(stack.theta.grad)), t)
+        if callback is not None:
+            callback(t, stack)
     return torch.stack(losses)
