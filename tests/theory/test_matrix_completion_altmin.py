@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import hadamard, subspace_angles
+from scipy.linalg import subspace_angles
 
 from miniature.theory import matrix_completion_altmin as mc
 from miniature.theory.matrix_completion_altmin import Exact, Perturbed, Sketched
@@ -17,15 +17,17 @@ def setting(m=40, n=30, k=3, p=0.6, seeds=SEEDS, **options):
     problem = mc.low_rank(seeds, m, n, k, **options)
     mask = mc.sample(problem, p, seeds)
     mu = torch.maximum(mc.incoherence(problem.U), mc.incoherence(problem.V))
-    return problem, mask, mu
+    return problem, mask, mc.initialize(problem.M, mask, k, mu)
 
 
-def least_squares(M, mask, U):
-    """V [n, k] of one matrix, column by column."""
-    rows = [
-        np.linalg.lstsq(U[mask[:, j]], M[mask[:, j], j], rcond=None)[0] for j in range(M.shape[1])
-    ]
-    return np.stack(rows)
+def least_squares(M, mask, U, sketches=None):
+    """V [n, k] of one matrix, column by column; sketches [n, s, L]: of the sketched problems."""
+    V = []
+    for j in range(M.shape[1]):
+        A, y = U[mask[:, j]], M[mask[:, j], j]
+        S = np.eye(len(y)) if sketches is None else sketches[j, :, : len(y)]
+        V.append(np.linalg.lstsq(S @ A, S @ y, rcond=None)[0])
+    return np.stack(V)
 
 
 def tall(L=64, k=4, B=2, kappa=1.0, seed=0):
@@ -54,10 +56,10 @@ def test_low_rank_has_the_factors_spectrum_and_size_it_says():
 
 
 def test_spike_makes_one_row_coherent():
-    mu = [float(mc.incoherence(mc.low_rank([0], 50, 50, 2, spike=s).U)) for s in (0, 3, math.inf)]
-    assert mu[0] < mu[1] < mu[2] and mu[2] == pytest.approx(5.0)  # sqrt(m/k): norm 1
-    U = mc.low_rank([0], 50, 50, 2, spike=math.inf).U
-    assert U[0, 0].norm() == pytest.approx(1.0)
+    plain, spiky = (mc.low_rank([0], 50, 50, 2, spiky=s) for s in (False, True))
+    assert mc.incoherence(plain.U) < 3 and mc.incoherence(spiky.V) < 3
+    assert mc.incoherence(spiky.U) == pytest.approx(5.0)  # sqrt(m/k): norm 1
+    assert spiky.U[0, 0].norm() == pytest.approx(1.0) and not spiky.U[0, 1:, 0].any()
 
 
 def test_incoherence_is_the_longest_row():
@@ -86,7 +88,7 @@ def test_side_lists_every_observed_entry_once_and_pads_with_weight_0():
             for j in range(M.shape[2]):
                 rows = Omega[s, :, j].nonzero()[:, 0]
                 n = len(rows)
-                assert side.seen[s, j] == n
+                assert side.seen[s, j] == n and side.entries[s] == Omega[s].sum()
                 assert torch.equal(index[s, j, :n], rows)
                 assert torch.equal(y[s, j, :n], M[s, rows, j])
                 assert weight[s, j].tolist() == [1.0] * n + [0.0] * (y.shape[2] - n)
@@ -106,9 +108,9 @@ def test_dist_is_the_sine_of_the_largest_principal_angle():
 
 
 def test_initialize_is_the_clipped_singular_space():
-    problem, mask, _ = setting(m=30, spike=2.0)
+    problem, mask, _ = setting(m=30)
     mu = torch.tensor([0.6, 0.6]).double()  # clips several rows
-    U = mc.initialize(problem.M, mask, 0.6, 3, mu)
+    U = mc.initialize(problem.M, mask, 3, mu)
     for s in range(2):
         left = np.linalg.svd((problem.M[s] * mask[s] / 0.6).numpy())[0][:, :3]
         long = np.linalg.norm(left, axis=1) > 2 * 0.6 * math.sqrt(3 / 30)
@@ -129,7 +131,6 @@ def test_initialize_is_the_clipped_singular_space():
         Sketched(SEEDS, 12, 3),  # conjugate gradients end in k = 3 steps
         Sketched(SEEDS, 12, 3, sketch="gaussian"),
         Sketched(SEEDS, 16, 3, sketch="countsketch"),
-        Sketched(SEEDS, 200, 60, sketch="gaussian", omega=mc.best_omega(0.2)),
     ],
 )
 def test_half_steps_are_least_squares_column_by_column(half_step):
@@ -144,32 +145,24 @@ def test_half_steps_are_least_squares_column_by_column(half_step):
         assert np.allclose(V_rows[s], again, rtol=0, atol=1e-8)
 
 
-def test_exact_on_fewer_columns_than_unknowns():
-    problem, _, _ = setting(30, 2, 2, p=1.0)
-    U = torch.randn(2, 30, 3, dtype=torch.float64)
-    mask = torch.rand(2, 30, 2) < 0.7
-    V = Exact()(mc.Side(problem.M, mask), U)
-    for s in range(2):
-        M, Omega = problem.M[s].numpy(), mask[s].numpy()
-        assert np.allclose(V[s], least_squares(M, Omega, U[s].numpy()), atol=1e-9)
-
-
 def test_perturbed_adds_an_error_of_the_stated_size_to_every_row():
     problem, mask, _ = setting()
     side = mc.Side(problem.M, mask)
     V = Exact()(side, problem.U)
-    error = Perturbed([0.1, 0.2], SEEDS)(side, problem.U) - V
-    for s, eps in enumerate((0.1, 0.2)):
-        assert float(error[s].norm() / V[s].norm()) == pytest.approx(eps)
-        assert torch.allclose(error[s].norm(dim=1), error[s, 0].norm())
+    half_step = Perturbed(0.1, SEEDS)
+    first, second = (half_step(side, problem.U) - V for _ in range(2))
+    for s in range(2):
+        assert float(first[s].norm() / V[s].norm()) == pytest.approx(0.1)
+        assert torch.allclose(first[s].norm(dim=1), first[s, 0].norm())
+    assert not torch.allclose(first, second) and not torch.allclose(first[0], first[1])
 
 
 def test_a_seed_gives_the_same_alone_as_in_a_stack():
-    problem, mask, mu = setting(p=1.0)
+    problem, mask, U = setting(p=1.0)
     for sketch in mc.SKETCHES:
-        together = mc.altmin(problem, mask, 1.0, Sketched(SEEDS, 8, 1, sketch=sketch), 2, mu)
+        together = mc.altmin(problem, mask, U, Sketched(SEEDS, 8, 1, sketch=sketch), 2)
         one = mc.Problem(problem.M[1:], problem.U[1:], problem.V[1:], problem.sigma)
-        alone = mc.altmin(one, mask[1:], 1.0, Sketched([4], 8, 1, sketch=sketch), 2, mu[1:])
+        alone = mc.altmin(one, mask[1:], U[1:], Sketched([4], 8, 1, sketch=sketch), 2)
         assert torch.allclose(together.error[1:], alone.error)
     fresh = Sketched(SEEDS, 8, 0)
     side = mc.Side(problem.M, mask)
@@ -190,7 +183,8 @@ def test_columns_without_enough_entries_stay_finite():
 def test_wht_is_the_hadamard_transform():
     for L in (1, 2, 8, 32):
         x = torch.randn(3, L, 2, dtype=torch.float64)
-        assert torch.allclose(mc.wht(x), torch.tensor(hadamard(L)).double() @ x)
+        H = torch.tensor([[(-1.0) ** (i & j).bit_count() for i in range(L)] for j in range(L)])
+        assert torch.allclose(mc.wht(x), H.double() @ x)
 
 
 @pytest.mark.parametrize("kind", mc.SKETCHES)
@@ -242,13 +236,16 @@ def test_the_preconditioned_spectrum_is_that_of_the_sketch_alone(kappa, kind):
 # The iteration
 
 
-def test_best_omega_is_two_over_the_extreme_squares():
+def test_the_best_step_contracts_as_the_distortion_says():
+    """Singular values 1 / (1 +- gamma), R = I: both ends shrink by 2 gamma / (1 + gamma^2)."""
     for gamma in (0.1, 0.3, 0.6):
-        lo, hi = 1 / (1 + gamma), 1 / (1 - gamma)
-        omega = mc.best_omega(gamma)
-        assert omega == pytest.approx(2 / (lo**2 + hi**2))
-        assert 1 - omega * lo**2 == pytest.approx(2 * gamma / (1 + gamma**2))
-        assert omega * hi**2 - 1 == pytest.approx(2 * gamma / (1 + gamma**2))
+        omega, contraction = (1 - gamma**2) ** 2 / (1 + gamma**2), 2 * gamma / (1 + gamma**2)
+        A = torch.diag(1 / torch.tensor([1 + gamma, 1 - gamma], dtype=torch.float64))[None]
+        y, R = torch.ones(1, 2, 1).double(), torch.eye(2).double()[None]
+        solution, zero = torch.linalg.solve(A, y), torch.zeros(1, 2, 1).double()
+        v, _ = mc.refine(A, y, R, zero, 5, omega=omega)
+        left = ((v - solution) / solution).abs().flatten()
+        assert left.tolist() == pytest.approx([contraction**5] * 2)
 
 
 def test_refine_with_a_step_is_the_recursion():
@@ -309,21 +306,33 @@ def test_conjugate_gradients_stay_at_the_solution():
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_altmin_is_the_plain_loop(fresh):
+@pytest.mark.parametrize("one_shot", [False, True])
+def test_altmin_is_the_plain_loop(fresh, one_shot):
     T = 2
-    problem, mask, mu = setting(60, 50, 2, 0.9, noise=0.1)
-    h = mc.altmin(problem, mask, 0.9, Exact(), T, mu, SEEDS, fresh)
-    parts = mc.split(mask, 2 * T + 1, SEEDS) if fresh else [mask] * (2 * T + 1)
-    p = 0.9 / 5 if fresh else 0.9
-    for s in range(2):
+    problem, mask, U0 = setting(60, 50, 2, 0.9, noise=0.1)
+    parts = [mask] * (2 * T + 1)
+    if fresh:
+        parts = mc.split(mask, 2 * T + 1, SEEDS)
+        mu = torch.tensor([3.0, 3.0]).double()
+        U0 = mc.initialize(problem.M, parts[0], 2, mu)
+    half_step = Sketched(SEEDS, 6, 0, sketch="gaussian") if one_shot else Exact()
+    h = mc.altmin(problem, parts[1:] if fresh else mask, U0, half_step, T)
+    for s, g in enumerate(mc.generators(SEEDS, 4)):
         M, Us, Vs = (x[s].numpy() for x in (problem.M, problem.U, problem.V))
         clean = Us * problem.sigma.numpy() @ Vs.T
-        Omega = [part[s].numpy() for part in parts]
-        U = mc.initialize(problem.M, parts[0], p, 2, mu)[s].numpy()
-        errors, angles = [1.0], [np.sin(subspace_angles(U, Us).max())]
+        U, errors = U0[s].numpy(), [1.0]
+        angles = [np.sin(subspace_angles(U, Us).max())]
         for t in range(T):
-            V = np.linalg.qr(least_squares(M, Omega[1 + t], U))[0]
-            factor = least_squares(M.T, Omega[T + 1 + t].T, V)
+            first, second = parts[1 + t], parts[T + 1 + t].mT
+            # the sketches that the half-step draws: columns of all seeds are padded alike
+            S = [
+                torch.randn(x.shape[2], 6, int(x.sum(1).max()), generator=g).double().numpy()
+                if one_shot
+                else None
+                for x in (first, second)
+            ]
+            V = np.linalg.qr(least_squares(M, first[s].numpy(), U, S[0]))[0]
+            factor = least_squares(M.T, second[s].numpy(), V, S[1])
             U = np.linalg.qr(factor)[0]
             errors.append(np.linalg.norm(factor @ V.T - clean) / np.linalg.norm(clean))
             angles += [np.sin(subspace_angles(A, B).max()) for A, B in ((V, Vs), (U, Us))]
@@ -333,18 +342,18 @@ def test_altmin_is_the_plain_loop(fresh):
 
 
 def test_with_everything_seen_it_is_the_truncated_svd():
-    problem, mask, mu = setting(p=1.0, noise=0.2)
+    problem, mask, U = setting(p=1.0, noise=0.2)
     for half_step in (Exact(), Sketched(SEEDS, 12, 20)):
-        h = mc.altmin(problem, mask, 1.0, half_step, 40, mu)
+        h = mc.altmin(problem, mask, U, half_step, 40)
         left, s, right = torch.linalg.svd(problem.M)
         best = left[..., :3] * s[:, None, :3] @ right[:, :3]
         assert torch.allclose(h.U @ h.V.mT, best, atol=1e-8)
 
 
 def test_it_recovers_the_matrix_at_a_geometric_rate():
-    problem, mask, mu = setting(100, 100, 2, 0.4)
+    problem, mask, U = setting(100, 100, 2, 0.4)
     for half_step in (Exact(), Sketched(SEEDS, 16, 2)):
-        error = mc.altmin(problem, mask, 0.4, half_step, 12, mu).error
+        error = mc.altmin(problem, mask, U, half_step, 12).error
         assert (error[:, -1] < 1e-6).all() and (error[:, 2:] < 0.6 * error[:, 1:-1]).all()
 
 
@@ -352,13 +361,13 @@ def test_it_recovers_the_matrix_at_a_geometric_rate():
 
 
 def test_exact_counts_gram_matrices_solves_and_orthonormalizations():
-    problem, mask, mu = setting()
+    problem, mask, U = setting()
     half_step = Exact()
-    h = mc.altmin(problem, mask, 0.6, half_step, 2, mu)
+    h = mc.altmin(problem, mask, U, half_step, 2)
     for s in range(2):
         seen = float(mask[s].sum())
-        assert half_step.ops["gram"][s] == 4 * (3 * 4 + 2 * 3) * seen  # twice columns, twice rows
-        assert half_step.ops["solve"] == pytest.approx(2 * 70 * (27 / 3 + 2 * 9))
+        expected = 4 * (3 * 4 + 2 * 3) * seen + 2 * 70 * (27 / 3 + 2 * 9)  # two rounds of two
+        assert half_step.ops["normal equations"][s] == pytest.approx(expected)
         assert half_step.ops["orthonormalize"] == 2 * 4 * 9 * 70
     assert torch.allclose(h.ops[:, -1], half_step.ops.total().double())
     assert torch.allclose(h.ops[:, 1] * 2, h.ops[:, 2]) and not h.ops[:, 0].any()
@@ -383,6 +392,15 @@ def test_sketched_counts_its_parts(sketch, expected):
     assert solver.ops["iterations"].tolist() == [3 * per_step] * 2
 
 
+def test_sketched_counts_the_steps_of_each_column():
+    A, y = tall(50, 4, B=6)
+    y[2:4] = A[2:4] @ torch.ones(4, 1).double()  # consistent: the sketch solves it, no step
+    solver = Sketched(SEEDS, 12, 2, sketch="countsketch")
+    solver.solve(A.reshape(2, 3, 50, 4), y.reshape(2, 3, 50))
+    per_step = 4 * 50 * 4 + 2 * 16 + 4 * 50 + 24
+    assert solver.ops["iterations"].tolist() == [2 * 2 * per_step] * 2
+
+
 def test_sketched_counts_what_is_seen_not_the_padding():
     problem, mask, _ = setting(p=0.3)
     side = mc.Side(problem.M, mask)
@@ -398,11 +416,11 @@ def test_sketched_counts_what_is_seen_not_the_padding():
 
 
 def test_scaled_gd_is_the_plain_loop():
-    problem, mask, mu = setting(kappa=3.0)
-    error, ops = mc.scaled_gd(problem, mask, 0.6, 0.5, 3, mu)
+    problem, mask, U = setting(kappa=3.0)
+    error, ops = mc.scaled_gd(problem, mask, 0.6, U, 0.5, 3)
     for s in range(2):
         M, Omega = problem.M[s].numpy(), mask[s].numpy()
-        L = mc.initialize(problem.M, mask, 0.6, 3, mu)[s].numpy()
+        L = U[s].numpy()
         R = (M * Omega / 0.6).T @ L
         expected = [1.0]
         for _ in range(3):
@@ -418,7 +436,7 @@ def test_scaled_gd_is_the_plain_loop():
 
 def test_soft_impute_is_the_plain_loop_when_it_keeps_all_singular_values():
     problem, mask, _ = setting()
-    error, _ = mc.soft_impute(problem, mask, 0.6, 0.05, 4, rank=30)
+    error, _ = mc.soft_impute(problem, mask, 0.05, 4, rank=30)
     for s in range(2):
         M, Omega = problem.M[s].numpy(), mask[s].numpy()
         shrink, Z, expected = 0.05 * np.linalg.norm(M * Omega, 2), np.zeros_like(M), [1.0]
@@ -449,21 +467,21 @@ def test_bad_input(call, message):
 
 
 def test_bad_input_of_altmin():
-    problem, mask, mu = setting()
+    problem, mask, U = setting()
     with pytest.raises(ValueError, match="at least 1, not 0"):
-        mc.altmin(problem, mask, 0.6, Exact(), 0, mu)
-    with pytest.raises(ValueError, match=r"shape of M, \[2, 40, 30\]: \[2, 30, 40\]"):
-        mc.altmin(problem, mask.mT, 0.6, Exact(), 1, mu)
-    with pytest.raises(ValueError, match="fresh samples need seeds"):
-        mc.altmin(problem, mask, 0.6, Exact(), 1, mu, fresh=True)
+        mc.altmin(problem, mask, U, Exact(), 0)
+    with pytest.raises(ValueError, match=r"shape of M, \[2, 40, 30\], not \[2, 30, 40\]"):
+        mc.altmin(problem, mask.mT, U, Exact(), 1)
+    with pytest.raises(ValueError, match="2 rounds need 4 masks, or one, not 3"):
+        mc.altmin(problem, mc.split(mask, 3, SEEDS), U, Exact(), 2)
 
 
 @pytest.mark.gpu
 def test_the_gpu_gives_the_same():
-    problem, mask, mu = setting()
+    problem, mask, U = setting()
     there = mc.Problem(*(x.cuda() for x in problem))
     for make in (Exact, lambda: Sketched(SEEDS, 12, 2), lambda: Perturbed(1e-3, SEEDS)):
-        a = mc.altmin(problem, mask, 0.6, make(), 3, mu)
-        b = mc.altmin(there, mask.cuda(), 0.6, make(), 3, mu.cuda())
+        a = mc.altmin(problem, mask, U, make(), 3)
+        b = mc.altmin(there, mask.cuda(), U.cuda(), make(), 3)
         assert b.U.is_cuda and torch.allclose(a.error, b.error.cpu(), rtol=1e-6)
         assert torch.allclose(a.ops, b.ops)

@@ -39,6 +39,7 @@ from collections import Counter, namedtuple
 from functools import cached_property
 
 import torch
+from scipy.linalg import hadamard
 from torch.linalg import qr, solve_triangular
 
 from .counting import qr_ops, solve_ops, wht_ops
@@ -54,10 +55,10 @@ def generators(seeds, stream):
 
 def draw(gens, kind, *shape):
     """Random tensors [S, *shape], float64 on the CPU, a generator a seed; kind: 'randn', 'rand'."""
-    return torch.stack([getattr(torch, kind)(*shape, generator=g).double() for g in gens])
+    return torch.stack([getattr(torch, kind)(*shape, generator=g) for g in gens]).double()
 
 
-def low_rank(seeds, m, n, k, kappa=1.0, spike=0.0, noise=0.0, device="cpu", dtype=torch.float64):
+def low_rank(seeds, m, n, k, kappa=1.0, spiky=False, noise=0.0, device="cpu", dtype=torch.float64):
     """Random matrices of rank k whose entries have mean square 1.
 
     Parameters
@@ -67,10 +68,9 @@ def low_rank(seeds, m, n, k, kappa=1.0, spike=0.0, noise=0.0, device="cpu", dtyp
     m, n, k : int
     kappa : float
         sigma_1 / sigma_k; the singular values between are geometric.
-    spike : float
-        0 for incoherent factors; otherwise the first column of the left factor is, before the QR,
-        spike times as long in its first row as in all others together; infinity leaves it nothing
-        but that row.
+    spiky : bool
+        Whether one left singular vector lives in the first row alone, mu = sqrt(m/k); otherwise the
+        factors are incoherent.
     noise : float
         Standard deviation of Gaussian noise on every entry of M (U, V and sigma stay those of the
         clean matrix).
@@ -86,9 +86,8 @@ def low_rank(seeds, m, n, k, kappa=1.0, spike=0.0, noise=0.0, device="cpu", dtyp
         raise ValueError(f"kappa is a condition number, at least 1, not {kappa}")
     g = generators(seeds, 0)
     left, right = draw(g, "randn", m, k), draw(g, "randn", n, k)
-    if spike:
-        left[:, :, 0] /= spike
-        left[:, 0, 0] += math.sqrt(m)
+    if spiky:
+        left[:, :, 0] = torch.eye(m)[0]
     U, V = qr(left)[0], qr(right)[0]
     sigma = torch.logspace(0, -math.log10(kappa), k, dtype=torch.float64)
     sigma = sigma * math.sqrt(m * n) / sigma.norm()
@@ -131,12 +130,14 @@ class Side:
         1 and the entry where it is seen, 0 elsewhere.
     seen : Tensor [S, n]
         Number of entries of each column.
+    entries : Tensor [S]
+        |Omega|, on the CPU: what flops are counted in.
     """
 
     def __init__(self, M, mask):
-        self._mask = mask.mT.contiguous()
-        self.mask, self.values = self._mask.to(M.dtype), M.mT * self._mask
-        self.seen = self._mask.sum(-1)
+        self.mask = mask.mT.to(M.dtype).contiguous()
+        self.values, self.seen = M.mT * self.mask, mask.sum(1)
+        self.entries = self.seen.sum(1).double().cpu()
 
     @cached_property
     def lists(self):
@@ -146,21 +147,20 @@ class Side:
         """
         L = max(int(self.seen.max()), 1)
         # stable: the seen rows first, in their order
-        order = self._mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
-        index = order.indices[..., :L]
+        index = self.mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True)[1][..., :L]
         return index, self.mask.gather(-1, index), self.values.gather(-1, index)
 
 
-def initialize(M, mask, p, k, mu):
-    """Step 2: the top-k left singular space of P_Omega(M) / p, without rows that are too long.
+def initialize(M, mask, k, mu):
+    """Step 2: the top-k left singular space of P_Omega(M), without rows that are too long.
+
+    The factor 1/p of the paper leaves singular vectors as they are.
 
     Parameters
     ----------
     M : Tensor [S, m, n]
     mask : Tensor [S, m, n], bool
         Omega_0.
-    p : float
-        Probability of seeing an entry in Omega_0.
     k : int
     mu : Tensor [S]
         Incoherence.
@@ -170,7 +170,7 @@ def initialize(M, mask, p, k, mu):
     Tensor [S, m, k]
         Orthonormal columns.
     """
-    A = M * mask / p
+    A = M * mask
     U = torch.linalg.eigh(A @ A.mT).eigenvectors[..., -k:]
     longest = 2 * mu * math.sqrt(k / M.shape[1])
     return qr(U * (U.norm(dim=-1, keepdim=True) <= longest[:, None, None]))[0]
@@ -185,12 +185,19 @@ def dist(A, B):
     return torch.linalg.eigvalsh(X.mT @ X)[..., -1].clamp_min(0).sqrt()  # largest singular value
 
 
+def relative_error(problem, L, R):
+    """|L R^T - M|_F / |M|_F [S], M without noise; by the triangles of [L, U* Sigma] and [R, V*]."""
+    left = qr(torch.cat([L, -problem.U * problem.sigma], 2), mode="r")[1]
+    right = qr(torch.cat([R, problem.V], 2), mode="r")[1]
+    return torch.linalg.matrix_norm(left @ right.mT) / problem.sigma.norm()
+
+
 # Half-steps. Each keeps in `ops` the flops it has spent, a number a seed for each kind of work.
 
 
-def entries(side):
-    """|Omega| [S], on the CPU."""
-    return side.seen.sum(1).double().cpu()
+def normal_equations(entries, columns, k):
+    """Flops of `Exact`: Gram matrices and right sides from the entries, then Cholesky."""
+    return (k * (k + 1) + 2 * k) * entries + columns * solve_ops(k)
 
 
 class Exact:
@@ -200,19 +207,15 @@ class Exact:
         self.ops = Counter()
 
     def __call__(self, side, U):
-        S, m, k = U.shape
-        n = side.mask.shape[1]
-        if k < n:  # both ways sum u_i u_i^T over the seen rows i; the smaller product goes first
-            gram = side.mask @ (U[..., :, None] * U[..., None, :]).reshape(S, m, k * k)
-        else:
-            gram = (side.mask[:, :, None] * U.mT[:, None]).reshape(S, n * k, m) @ U
-        gram = gram.view(S, n, k, k)
+        S, _, k = U.shape
+        a, b = torch.triu_indices(k, k, device=U.device)
+        gram = U.new_empty(S, side.mask.shape[1], k, k)  # sum of u_i u_i^T over the seen rows i
+        gram[..., a, b] = gram[..., b, a] = side.mask @ (U[..., a] * U[..., b])
         # nothing where A has rank k; where a column has fewer than k entries it keeps v finite
         ridge = 1e-13 * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-300
         gram = gram + ridge[..., None, None] * torch.eye(k, dtype=U.dtype, device=U.device)
         V = torch.cholesky_solve((side.values @ U)[..., None], torch.linalg.cholesky(gram))
-        self.ops["gram"] += (k * (k + 1) + 2 * k) * entries(side)
-        self.ops["solve"] += side.seen.shape[1] * solve_ops(k)
+        self.ops["normal equations"] += normal_equations(side.entries, gram.shape[1], k)
         return V[..., 0]
 
 
@@ -221,21 +224,20 @@ class Perturbed(Exact):
 
     Parameters
     ----------
-    eps : float or sequence of float
-        eps_0, for all seeds or one for each.
+    eps : float
+        eps_0.
     seeds : sequence of int
     """
 
     def __init__(self, eps, seeds):
         super().__init__()
-        self.eps, self.gens = torch.as_tensor(eps, dtype=torch.float64), generators(seeds, 3)
+        self.eps, self.gens = eps, generators(seeds, 3)
 
     def __call__(self, side, U):
         V = super().__call__(side, U)
         E = draw(self.gens, "randn", *V.shape[1:]).to(V)
         E = E / E.norm(dim=-1, keepdim=True)  # every row errs by the same length
-        scale = self.eps.to(V) * V.square().sum(-1).mean(-1).sqrt()
-        return V + scale.reshape(-1, 1, 1) * E
+        return V + self.eps * V.square().sum(-1).mean(-1).sqrt()[:, None, None] * E
 
 
 class Sketched:
@@ -252,8 +254,6 @@ class Sketched:
     tol : float
         A column is done once its preconditioned gradient is below tol times that at v = 0.
     sketch : {"gaussian", "srht", "countsketch"}
-    omega : float, optional
-        Step of the gradient iteration; without it conjugate gradients.
 
     Raises
     ------
@@ -261,21 +261,20 @@ class Sketched:
         If the sketch is unknown or has fewer rows than columns, or iterations < 0.
     """
 
-    def __init__(self, seeds, rows=None, iterations=10, tol=0.0, sketch="srht", omega=None):
+    def __init__(self, seeds, rows=None, iterations=10, tol=0.0, sketch="srht"):
         if sketch not in SKETCHES:
             raise ValueError(f"sketch must be one of {', '.join(SKETCHES)}, not {sketch!r}")
         if iterations < 0:
             raise ValueError(f"iterations must not be negative, not {iterations}")
         self.gens, self.rows, self.iterations = generators(seeds, 4), rows, iterations
-        self.tol, self.sketch, self.omega = tol, sketch, omega
-        self.ops = Counter()
+        self.tol, self.sketch, self.ops = tol, sketch, Counter()
 
     def __call__(self, side, U):
         index, weight, y = side.lists
         (S, n, _), k = index.shape, U.shape[-1]
         row = torch.arange(S, device=U.device)[:, None, None] * U.shape[1] + index
         A = U.reshape(-1, k)[row] * weight[..., None]
-        return self.solve(A, y, entries(side) / n)
+        return self.solve(A, y, side.entries / n)
 
     def solve(self, A, y, seen=None):
         """min |A v - y| for A [S, n, L, k] and y [S, n, L]: v [S, n, k].
@@ -290,7 +289,7 @@ class Sketched:
         SA, Sy = sketched(Ay, s, self.sketch, self.gens).split([k, 1], -1)
         R, v = start(SA, Sy)
         A, y = A.reshape(S * n, L, k), y.reshape(S * n, L, 1)
-        v, steps = refine(A, y, R, v, self.iterations, self.tol, self.omega)
+        v, steps = refine(A, y, R, v, self.iterations, self.tol)
         seen = torch.full((S,), float(L)) if seen is None else seen
         self.ops["sketch"] += n * sketch_ops(seen, k + 1, s, self.sketch)
         self.ops["QR of the sketch"] += n * (qr_ops(s, k) + 4 * s * k + k**2)
@@ -346,16 +345,8 @@ def wht(x):
     """
     B, L, c = x.shape
     a = 2 ** ((L.bit_length() - 1) // 2)
-    x = hadamard(a, x) @ x.reshape(B, a, L // a * c)
-    return (hadamard(L // a, x) @ x.reshape(B * a, L // a, c)).reshape(B, L, c)
-
-
-def hadamard(n, like):
-    """The Hadamard matrix [n, n] in Sylvester's order, n a power of 2."""
-    H = like.new_ones(1, 1)
-    while len(H) < n:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return H
+    left, right = (torch.as_tensor(hadamard(n)).to(x) for n in (a, L // a))
+    return (right @ (left @ x.reshape(B, a, -1)).view(B * a, -1, c)).view(B, L, c)
 
 
 def start(SA, Sy):
@@ -371,11 +362,6 @@ def start(SA, Sy):
     triangle = qr(torch.cat([torch.cat([SA, Sy], 2), below], 1), mode="r")[1]
     R, Qy = triangle[:, :k].split([k, 1], -1)
     return R, solve_triangular(R, Qy, upper=True)
-
-
-def best_omega(gamma):
-    """omega = 2 / (sigma_max^2 + sigma_min^2) at distortion gamma, sigma = 1 / (1 -+ gamma)."""
-    return (1 - gamma**2) ** 2 / (1 + gamma**2)
 
 
 def refine(A, y, R, v, iterations, tol=0.0, omega=None, trace=None):
@@ -409,25 +395,23 @@ def refine(A, y, R, v, iterations, tol=0.0, omega=None, trace=None):
     r = y - A @ v
     g = back(r)
     # beyond rounding conjugate gradients would go astray
-    goal = tol * back(y).norm(dim=1) + 100 * torch.finfo(A.dtype).eps * y.norm(dim=1)
+    eps = torch.finfo(A.dtype).eps
+    goal = tol * back(y).norm(dim=1, keepdim=True) + 100 * eps * y.norm(dim=1, keepdim=True)
     steps = torch.zeros(len(A), dtype=torch.long, device=A.device)
     d, gg = g, g.square().sum(1, keepdim=True)
     for _ in range(iterations):
-        active = g.norm(dim=1) > goal
+        active = g.norm(dim=1, keepdim=True) > goal
         if not active.any():
             break
-        steps += active[:, 0]
-        move = solve_triangular(R, d if omega is None else g, upper=True)
+        steps += active[:, 0, 0]
+        move = solve_triangular(R, d, upper=True)
         Am = A @ move
-        step = omega
-        if omega is None:
-            step = gg / Am.square().sum(1, keepdim=True).clamp_min(1e-300)
-        step = step * active[:, None]  # what is done stands still
+        conjugate = gg / Am.square().sum(1, keepdim=True).clamp_min(1e-300)
+        step = (conjugate if omega is None else omega) * active  # what is done stands still
         v, r = v + step * move, r - step * Am
         g = back(r)
-        if omega is None:
-            last, gg = gg, g.square().sum(1, keepdim=True)
-            d = g + gg / last.clamp_min(1e-300) * d
+        last, gg = gg, g.square().sum(1, keepdim=True)
+        d = g + gg / last.clamp_min(1e-300) * d if omega is None else g
         if trace is not None:
             trace(v)
     return v, steps
@@ -439,28 +423,22 @@ def refine(A, y, R, v, iterations, tol=0.0, omega=None, trace=None):
 History = namedtuple("History", "U V error dist ops")
 
 
-def altmin(problem, mask, p, half_step, rounds, mu, seeds=None, fresh=False):
+def altmin(problem, mask, U, half_step, rounds):
     """Alternating minimization, all seeds together.
 
     Parameters
     ----------
     problem : Problem
         M is seen on `mask` only; all else serves to measure.
-    mask : Tensor [S, m, n], bool
-        Omega.
-    p : float
-        Probability of seeing an entry.
+    mask : Tensor [S, m, n], bool, or list of 2 T of them
+        Omega, which serves every half-step, as in practice; or Omega_1 .. Omega_2T from `split`,
+        one a half-step, as in the analysis.
+    U : Tensor [S, m, k]
+        U_0, from `initialize`.
     half_step : callable
         ``(side, U) -> V``: `Exact`, `Perturbed` or `Sketched`.
     rounds : int
         T.
-    mu : Tensor [S]
-        Incoherence that the initialization assumes.
-    seeds : sequence of int, optional
-        Of the split; for `fresh` only.
-    fresh : bool
-        Split Omega into 2T + 1 parts, one a half-step, as the analysis needs; otherwise all of
-        Omega serves every half-step, as in practice.
 
     Returns
     -------
@@ -473,97 +451,87 @@ def altmin(problem, mask, p, half_step, rounds, mu, seeds=None, fresh=False):
     Raises
     ------
     ValueError
-        If rounds < 1, the mask does not fit M, or `fresh` has no seeds.
+        If rounds < 1, a mask does not fit M, or there are not 2 T of them.
     """
-    M, k = problem.M, problem.U.shape[-1]
+    M, k = problem.M, U.shape[-1]
+    parts = mask if isinstance(mask, list) else [mask]
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, not {rounds}")
-    if mask.shape != M.shape:
-        raise ValueError(f"the mask must have the shape of M, {list(M.shape)}: {list(mask.shape)}")
-    if fresh and seeds is None:
-        raise ValueError("fresh samples need seeds for the split of Omega")
-    clean = problem.U * problem.sigma @ problem.V.mT
-    if fresh:
-        parts = split(mask, 2 * rounds + 1, seeds)
-        U = initialize(M, parts[0], p / len(parts), k, mu)
+    if parts[0].shape != M.shape:
+        shapes = f"{list(M.shape)}, not {list(parts[0].shape)}"
+        raise ValueError(f"the mask must have the shape of M, {shapes}")
+    if len(parts) not in (1, 2 * rounds):
+        raise ValueError(f"{rounds} rounds need {2 * rounds} masks, or one, not {len(parts)}")
+    if len(parts) == 1:
+        sides = [(Side(M, mask), Side(M.mT, mask.mT))] * rounds
     else:
-        U = initialize(M, mask, p, k, mu)
-        both = Side(M, mask), Side(M.mT, mask.mT)
-    scale = torch.linalg.matrix_norm(clean)
-    error, angle = [torch.ones_like(scale)], [dist(U, problem.U)]
-    ops = [torch.zeros(len(M), dtype=torch.float64)]
-    for t in range(rounds):
-        if fresh:
-            both = Side(M, parts[1 + t]), Side(M.mT, parts[1 + rounds + t].mT)
-        V = qr(half_step(both[0], U))[0]
-        angle.append(dist(V, problem.V))
-        U = half_step(both[1], V)
-        error.append(torch.linalg.matrix_norm(U @ V.mT - clean) / scale)
-        factor, U = U, qr(U)[0]
-        angle.append(dist(U, problem.U))
+        pairs = zip(parts[:rounds], parts[rounds:])
+        sides = ((Side(M, a), Side(M.mT, b.mT)) for a, b in pairs)
+    zero = torch.zeros(len(M), dtype=torch.float64)
+    error, angle, ops = [torch.ones_like(M[:, 0, 0])], [dist(U, problem.U)], [zero]
+    for columns, rows in sides:
+        V = qr(half_step(columns, U))[0]
+        factor = half_step(rows, V)
+        U = qr(factor)[0]
+        error.append(relative_error(problem, factor, V))
+        angle += [dist(V, problem.V), dist(U, problem.U)]
         half_step.ops["orthonormalize"] += 4 * k**2 * sum(M.shape[1:])
-        ops.append(half_step.ops.total() + torch.zeros_like(ops[0]))
-    return History(factor, V, torch.stack(error, 1), torch.stack(angle, 1), torch.stack(ops, 1))
+        ops.append(half_step.ops.total() + zero)
+    return History(factor, V, *(torch.stack(x, 1) for x in (error, angle, ops)))
 
 
 # Rivals
 
 
-def scaled_gd(problem, mask, p, eta, rounds, mu):
+def scaled_gd(problem, mask, p, U, eta, rounds):
     """Gradient descent on L R^T, preconditioned by the k x k Gram matrix of the other factor.
 
     L <- L - eta / p P_Omega(L R^T - M) R (R^T R)^-1, and the same for R at the old L (Tong, Ma and
-    Chi 2021, equation 3), from the start of `initialize` and its best R. eta: a float or [S, 1, 1].
+    Chi 2021, equation 3), from U of `initialize`.
 
     Returns
     -------
     error : Tensor [S, rounds + 1]
     ops : Tensor [S, rounds + 1]
     """
-    M, k = problem.M, problem.U.shape[-1]
-    clean = problem.U * problem.sigma @ problem.V.mT
-    L = initialize(M, mask, p, k, mu)
-    R = (M * mask / p).mT @ L
-    scale = torch.linalg.matrix_norm(clean)
-    error = [torch.ones_like(scale)]
+    M, k = problem.M, U.shape[-1]
+    L, R = U, (M * mask / p).mT @ U
+    error = [torch.ones_like(M[:, 0, 0])]
     for _ in range(rounds):
         G = mask * (L @ R.mT - M) / p
         step_L = torch.linalg.solve(R.mT @ R, (G @ R).mT).mT
         step_R = torch.linalg.solve(L.mT @ L, (G.mT @ L).mT).mT
         L, R = L - eta * step_L, R - eta * step_R
-        error.append(torch.linalg.matrix_norm(L @ R.mT - clean) / scale)
+        error.append(relative_error(problem, L, R))
     seen = mask.sum((1, 2)).double().cpu()[:, None]
     each = 6 * k * seen + 2 * (solve_ops(k) + k**2) + 4 * k**2 * sum(M.shape[1:])
     return torch.stack(error, 1), each * torch.arange(rounds + 1.0)
 
 
-def soft_impute(problem, mask, p, lam, rounds, rank=None):
+def soft_impute(problem, mask, lam, rounds, rank=None):
     """Z <- D_lambda(P_Omega(M) + P_Omega_perp(Z)): fill in, then shrink the singular values by it.
 
     Mazumder, Hastie and Tibshirani 2010, Algorithm 1, with at most `rank` singular values (2 k if
     not given), found by one block power step from the last ones. lam: in units of sigma_1 of
-    P_Omega(M), a float or [S, 1].
+    P_Omega(M).
 
     Returns
     -------
     error : Tensor [S, rounds + 1]
     ops : Tensor [S, rounds + 1]
     """
-    M, k = problem.M, problem.U.shape[-1]
-    r = rank or 2 * k
-    clean = problem.U * problem.sigma @ problem.V.mT
-    scale = torch.linalg.matrix_norm(clean)
+    M, r = problem.M, rank or 2 * problem.U.shape[-1]
     seen_M = M * mask
-    W = torch.linalg.eigh(seen_M.mT @ seen_M).eigenvectors[..., -r:]
-    shrink = lam * torch.linalg.matrix_norm(seen_M, ord=2)[:, None]
-    Z, error = torch.zeros_like(M), [torch.ones_like(scale)]
+    squares, W = torch.linalg.eigh(seen_M.mT @ seen_M)
+    W, shrink = W[..., -r:], lam * squares[:, -1:].sqrt()
+    Z, error = torch.zeros_like(M), [torch.ones_like(M[:, 0, 0])]
     for _ in range(rounds):
         F = seen_M + ~mask * Z
         Q = qr(F @ W)[0]
         left, s, W = torch.linalg.svd(Q.mT @ F, full_matrices=False)
-        Z = Q @ left * (s - shrink).clamp_min(0)[:, None] @ W
-        W = W.mT
-        error.append(torch.linalg.matrix_norm(Z - clean) / scale)
+        left, W = Q @ left * (s - shrink).clamp_min(0)[:, None], W.mT
+        Z = left @ W.mT
+        error.append(relative_error(problem, left, W))
     seen, sides = mask.sum((1, 2)).double().cpu()[:, None], sum(M.shape[1:])
     # F = P_Omega(M - Z) + Z, sparse plus rank r: its products cost 2 r (seen + r sides) each
     each = 2 * r * seen + 2 * (2 * r * seen + 2 * r**2 * sides) + 8 * r**2 * sides
