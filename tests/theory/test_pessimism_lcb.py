@@ -97,11 +97,12 @@ def test_what_was_never_seen_comes_last():
     assert argmax(double([1.0, 1.0, 0.0])).tolist() == [[0.5, 0.5, 0]]
 
 
-def test_the_bernstein_width_by_a_loop():
-    counts, rewards = some_counts((40, 2, 3), top=400)
+@pytest.mark.parametrize("top", [8, 400])
+def test_the_bernstein_width_by_a_loop(top):
+    counts, rewards = some_counts((200, 2, 3), top=top)
     L = 0.4
     policy = bernstein_lcb(counts, rewards, L)
-    for i, s in product(range(40), range(2)):
+    for i, s in product(range(200), range(2)):
         value = []
         for n, k in zip(counts[i, s].tolist(), rewards[i, s].tolist()):
             if n < 2:
@@ -215,6 +216,16 @@ def test_vi_lcb_by_a_loop(n, L):
     assert kept > 0 and (changed > 0 or L == 1.0)
 
 
+def test_three_steps_by_hand():
+    """One state, no penalty: V = 0, 1, 1, 1. A tie with the old value takes the new action."""
+    r = double([0.0, 0.0], [1.0, 0.0], [0.0, 0.5], [0.4, 0.0])[:, None, :]
+    counts = torch.full((4, 1, 2, 1), 2.0, dtype=torch.float64)
+    for T, action in ((1, 0), (2, 1), (3, 1)):  # step 3 finds 0.9 and leaves all as it was
+        out = vi_lcb(counts[: T + 1], 2 * r[: T + 1], 0.5, 0.0)
+        assert out.V[:, 0].tolist() == [0, 1, 1, 1][: T + 1]
+        assert out.policy[0, action] == 1
+
+
 def test_values_never_fall_and_start_at_zero():
     _, _, counts, rewards = small_folds()
     V = vi_lcb(counts, rewards, GAMMA, 0.02).V
@@ -223,9 +234,10 @@ def test_values_never_fall_and_start_at_zero():
 
 def test_the_first_fold_is_imitated_where_nothing_is_certain():
     """With a penalty beyond V_max no value rises, and pi_T is pi_0, from fold 0 alone."""
-    _, _, counts, rewards = small_folds(3000)
+    _, _, counts, rewards = small_folds(70)
     out = vi_lcb(counts, rewards, GAMMA, 1e6)
     torch.testing.assert_close(out.policy, argmax(counts[:, 0].sum(-1)))
+    assert (out.policy != argmax(counts.sum((1, -1)))).any()
     assert (out.V == 0).all()
 
 

@@ -65,7 +65,7 @@ def mean(counts, rewards):
 
 
 def width(counts, L):
-    """Return b = sqrt(L / N); unseen: 1 (Algorithm 1), and no less than for one sample."""
+    """Return b = sqrt(L / N); unseen: 1 (Algorithm 1), but no less than for one sample."""
     if L < 0:
         raise ValueError(f"the penalty L must not be negative, not {L}")
     return torch.where(counts > 0, (L / counts.clamp(min=1)).sqrt(), max(1.0, math.sqrt(L)))
@@ -110,6 +110,7 @@ def vi_lcb(counts, rewards, gamma, L):
     Returns
     -------
     Pessimist
+        A pair that a fold lacks has r_t = P_t = 0 there.
     """
     if counts.ndim < 4 or counts.shape[:-1] != rewards.shape or counts.shape[-4] < 2:
         raise ValueError(
@@ -195,7 +196,7 @@ def empirical_best(counts, rewards):
 def bernstein_lcb(counts, rewards, L):
     """LCB with the width of Maurer and Pontil (2009) for rewards 0 or 1, at the same confidence.
 
-    sqrt(4 L v / N) + 14 L / (3 (N - 1)), v the sample variance; 1 + L where N < 2.
+    sqrt(4 L v / N) + 14 L / (3 (N - 1)), v the sample variance; 1 + 14 L / 3 where N < 2.
     """
     r, n = mean(counts, rewards), counts.clamp(min=2)
     v = r * (1 - r) * n / (n - 1)
