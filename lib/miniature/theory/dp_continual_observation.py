@@ -258,8 +258,8 @@ def reduction_max(y, T):
 
 def _fits(y, T):
     n, d = y.shape[-2:]
-    if n < 1 or n + 2 * n * d > T:
-        raise ValueError(f"{n} rows of {d} bits take n + 2 n d = {n + 2 * n * d} steps, T is {T}")
+    if not 1 <= n + 2 * n * d <= T:
+        raise ValueError(f"{n} rows of {d} bits take {n + 2 * n * d} steps, not from 1 to T = {T}")
     return n, d
 
 
