@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.linalg import solve_triangular
 from scipy.optimize import brentq, lsq_linear
+from scipy.stats import chi2
 
 from miniature.theory import learning_to_relax as lr
 from miniature.theory.bandits import Table, play, uniforms
@@ -35,6 +36,13 @@ def sor(A, b, omega, eps=lr.EPSILON, cap=lr.CAP):
         if np.linalg.norm(b - A @ x) / first < eps:
             return k
     return cap
+
+
+def test_right_sides_are_gaussian_within_the_ball():
+    square = (lr.right_sides(4000, 4, 1) ** 2).sum(1)
+    assert square.shape == (4000,) and square.max() <= 4
+    assert square.mean() == pytest.approx(4 * chi2.cdf(4, 6) / chi2.cdf(4, 4), abs=0.06)
+    assert not np.allclose(lr.right_sides(2, 4, 1), lr.right_sides(2, 4, 2))
 
 
 def test_the_matrix_and_its_extreme_eigenvalues():
@@ -202,6 +210,17 @@ def test_tsallis_inf_against_a_plain_loop():
             k[arm] += seen[-1] / p[arm]
 
 
+def test_weights_that_do_not_sum_to_1_divide_the_losses_as_they_are():
+    """As in the released code: arms are drawn in proportion."""
+    w = torch.tensor([[0.2, 0.1, 0.1]]).double()
+    learner = lr.TsallisINF(weights=lambda losses, eta: w)
+    learner.start(torch.zeros_like(w), 2)
+    p = learner.probabilities(0, None)
+    torch.testing.assert_close(p, w / 0.4)
+    learner.update(0, torch.tensor([0]), torch.tensor([3.0]).double(), p, None)
+    torch.testing.assert_close(learner.k, torch.tensor([[15.0, 0, 0]]).double())
+
+
 def test_the_unit_of_the_losses_does_not_matter():
     env = game([3, 5])
     for kind in (lr.TsallisINF, lr.TsallisINFCB, lr.ChebCB):
@@ -244,17 +263,13 @@ def test_box_least_squares():
         X = np.polynomial.chebyshev.chebvander(rng.uniform(-1, low, n), 5)
         y, bound = 3 * rng.normal(size=n), np.r_[2, 3 / np.arange(1, 6)]
         G, h = X.T @ X + 1e-6 * np.eye(6), X.T @ y
-        start = rng.integers(-1, 2, (1, 6)).astype(float)
-        inputs = [torch.from_numpy(v) for v in (G[None], h[None], bound[None], start)]
-        before = inputs[3].clone()
-        a, active = lr.box_least_squares(*inputs, patience=trial % 4)
-        assert torch.equal(inputs[3], before)
-        a = a[0].numpy()
+        active, a = rng.integers(-1, 2, 6).astype(float), np.empty(6)
+        lr.box_least_squares(G, h, bound, active, a, patience=trial % 4)
         whole = np.vstack([X, 1e-3 * np.eye(6)]), np.r_[y, np.zeros(6)]
         best = lsq_linear(*whole, (-bound, bound), method="bvls", tol=1e-14).x
         value = lambda v: v @ G @ v / 2 - h @ v  # noqa: E731, B023
         assert (abs(a) <= bound).all() and value(a) <= value(best) + 1e-10
-        np.testing.assert_array_equal(active[0] != 0, np.isclose(abs(a), bound, rtol=1e-12))
+        np.testing.assert_array_equal(active != 0, np.isclose(abs(a), bound, rtol=1e-12))
         kept += (active != 0).any()
     assert 30 < kept
 

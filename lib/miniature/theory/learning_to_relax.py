@@ -34,8 +34,9 @@ Learners see the iterations beyond the first (cost - 1) of the value that they c
 Rivals (UCB1, EXP3, fixed values) are those of `miniature.theory.bandits`.
 
 Forward substitution makes each unknown wait for the ones before it, for thousands of iterations, so
-that `iterations` is compiled (numba) and has the right sides on its innermost axis; the learners
-are stacked over runs in torch.
+that `iterations` is compiled (numba) and has the right sides on its innermost axis. The learners
+are stacked over runs in torch; what takes another number of steps in each run, Newton and the
+regression within bounds, is compiled too.
 """
 
 import math
@@ -44,7 +45,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from .bandits import Learner, one_hot
+from .bandits import Learner
 
 EPSILON, CAP = 1e-8, 10_000  # when SOR stops
 
@@ -76,7 +77,7 @@ def _count(side, shift, omega, rhs, goal, cap, cost):
             for j in range(side):
                 at, to = i * side + j, (i + 1) * wide + j + 1
                 for q in range(B):
-                    d[to, q] = (r[at, q] + d[to - 1, q] + d[to - wide, q]) * step
+                    d[to, q] = (r[at, q] + d[to - wide, q] + d[to - 1, q]) * step
         # r - A d = (M - A) d, as M d = r: the diagonal part, and minus the upper triangle
         norm[:] = 0
         for i in range(side):
@@ -245,16 +246,19 @@ class Instances:
                 f"{list(rhs.shape)}"
             )
         self._losses, self._system = cost.flatten(0, 1) - 1, shift * cost.shape[1] + rhs
-        self._shift, self._context, self.seeds = shift, context, list(seeds)
         self.horizon, self.like = shift.shape[1], cost.new_zeros(len(seeds), cost.shape[2])
+        self.seeds = list(seeds)
+        # One row a round: its contexts, and where its losses begin in the flat table.
+        self._context = context[shift].T.contiguous()
+        self._start = (self._system * cost.shape[2]).T.contiguous()
 
     def context(self, t):
         """Return the contexts [S] of round t."""
-        return self._context[self._shift[:, t]]
+        return self._context[t]
 
     def loss(self, t, arms):
         """Return the losses [S] of the arms [S] played in round t."""
-        return self._losses[self._system[:, t], arms]
+        return self._losses.take(self._start[t] + arms)
 
     def totals(self, t):
         """Return the losses of every arm, summed over the first t rounds: [S, d]."""
@@ -295,7 +299,39 @@ def shift_grid(n):
 # Learners
 
 
-def tsallis(losses, eta, steps=20):
+@njit(cache=True, error_model="numpy")
+def _tsallis(losses, step, steps, p):
+    """Fill p [S, d] for `tsallis`; step [S, 1] is 2 / eta."""
+    for s in range(len(losses)):
+        x = losses[s].min() - step[s, 0]
+        for _ in range(steps):
+            total, cubes = 0.0, 0.0
+            for i in range(losses.shape[1]):
+                root = step[s, 0] / (losses[s, i] - x)
+                p[s, i] = root**2
+                total += p[s, i]
+                cubes += p[s, i] * root
+            if abs(total - 1) < 1e-12:
+                break
+            x -= step[s, 0] * total * (math.sqrt(total) - 1) / cubes
+
+
+@njit(cache=True, error_model="numpy")
+def _tsallis_released(losses, step, steps, p):
+    """Fill p [S, d] for `tsallis_released`."""
+    for s in range(len(losses)):
+        x = -1.0
+        for _ in range(steps):
+            total, cubes = 0.0, 0.0
+            for i in range(losses.shape[1]):
+                root = abs(step[s, 0] / (losses[s, i] - x))
+                p[s, i] = root**2  # 4 (eta (losses - x))^-2
+                total += p[s, i]
+                cubes += p[s, i] * root  # p^(3/2)
+            x -= step[s, 0] / 2 * (total - 1) / cubes
+
+
+def tsallis(losses, eta, steps=20, solve=_tsallis):
     """Weights p_i = 4 / (eta (losses_i - x))^2 with the x for which they sum to 1.
 
     Newton for (sum p)^(-1/2) = 1, which is concave in x, and linear where one loss matters or all
@@ -309,21 +345,17 @@ def tsallis(losses, eta, steps=20):
     eta : torch.Tensor, shape [S, 1]
     steps : int
         At most.
+    solve : callable
+        Takes losses, 2 / eta and steps, and fills the weights, as `_tsallis` does.
 
     Returns
     -------
     torch.Tensor, shape [S, d]
     """
-    step, dot = 2 / eta, torch.linalg.vecdot
-    x = losses.min(1, keepdim=True).values - step
-    for _ in range(steps):
-        root = step / (losses - x)
-        p = root * root
-        total = dot(root, root)[:, None]
-        if (total - 1).abs().max() < 1e-12:
-            break
-        x = x - step * total * (total.sqrt() - 1) / dot(p, root)[:, None]
-    return p
+    data = [v.cpu().numpy() for v in (losses, 2 / eta)]
+    p = np.empty_like(data[0])
+    solve(*data, steps, p)
+    return torch.from_numpy(p).to(losses)
 
 
 def tsallis_released(losses, eta, steps=20):
@@ -332,12 +364,7 @@ def tsallis_released(losses, eta, steps=20):
     The sum is convex in x: once x = -1 is far below the solution, the first step jumps over
     min losses, beyond which the formula still gives positive weights but no solution is near.
     """
-    x, dot = -torch.ones_like(eta), torch.linalg.vecdot
-    for _ in range(steps):
-        root = (2 / eta / (losses - x)).abs()
-        p = root * root  # 4 (eta (losses - x))^-2
-        x = x - (dot(root, root) - 1)[:, None] / (eta * dot(p, root)[:, None])  # p^(3/2)
-    return p
+    return tsallis(losses, eta, steps, _tsallis_released)
 
 
 class TsallisINF(Learner):
@@ -358,28 +385,30 @@ class TsallisINF(Learner):
         self.bins, self.weights = bins, weights
 
     def start(self, like, horizon):
-        self.rows = torch.arange(len(like), device=like.device)
-        self.number = torch.as_tensor(self.bins, device=like.device).expand(len(like))
-        state = like[:, None].expand(-1, int(self.number.max()), -1)
-        self.k = torch.zeros_like(state)  # sums of importance-weighted losses [S, bins, d]
-        self.played, self.total = torch.zeros_like(self.k[..., 0]), torch.zeros_like(self.k[..., 0])
+        S, d = like.shape
+        self.number = torch.as_tensor(self.bins, device=like.device).expand(S)
+        self.most = int(self.number.max())
+        self.first = self.most * torch.arange(S, device=like.device)  # where a run's bins begin
+        self.k = like.new_zeros(S * self.most, d)  # sums of importance-weighted losses
+        self.played, self.total = like.new_zeros(2, S * self.most, 1)
 
     def bin(self, context):
-        if context is None or self.k.shape[1] == 1:
-            return torch.zeros_like(self.rows)
+        if context is None or self.most == 1:
+            return torch.zeros_like(self.first)
         return ((context + 1) / 2 * self.number).long().clamp(min=0).minimum(self.number - 1)
 
     def probabilities(self, t, context):
-        at = self.at = self.rows, self.bin(context)
-        n = self.played[at][:, None]
-        scale = (self.total[at][:, None] / n).masked_fill(n == 0, 1).clamp(min=1e-12)
+        at = self.at = self.first + self.bin(context)
+        n, total = self.played[at], self.total[at]
+        scale = (total / n.clamp(min=1)).clamp(min=1e-12)  # if none was played, k is zero as well
         self.p = self.weights(self.k[at] / scale, 2 / (n + 1).sqrt())  # eta = 2 / sqrt(t)
         return self.p / self.p.sum(1, keepdim=True)
 
     def update(self, t, arms, losses, p, context):
-        self.k[*self.at, arms] += losses / self.p[self.rows, arms]
-        self.played[self.at] += 1
-        self.total[self.at] += losses
+        weighted = losses / self.p.gather(1, arms[:, None])[:, 0]
+        self.k.view(-1).index_add_(0, self.at * p.shape[1] + arms, weighted)
+        self.played.index_add_(0, self.at, torch.ones_like(losses)[:, None])
+        self.total.index_add_(0, self.at, losses[:, None])
 
 
 class TsallisINFCB(TsallisINF):
@@ -408,47 +437,8 @@ def _solve(system, a):
 
 
 @njit(cache=True)
-def _box(G, h, bound, active, patience, a):
-    """Solve the problems of `box_least_squares` one after the other; fills a, changes active."""
-    N, m = h.shape
-    system = np.empty((m, m))
-    for n in range(N):
-        on, slack = active[n], 0.0
-        for j in range(m):
-            slack = max(slack, 1e-9 * bound[n, j])
-        for step in range(4**m):
-            for i in range(m):  # what is held moves to the right side and drops out
-                a[n, i] = on[i] * bound[n, i] if on[i] != 0 else h[n, i]
-                for j in range(m):
-                    system[i, j] = 1.0 if i == j else 0.0
-                    if on[i] == 0 and on[j] == 0:
-                        system[i, j] = G[n, i, j]
-                    elif on[i] == 0:
-                        a[n, i] -= G[n, i, j] * on[j] * bound[n, j]
-            _solve(system, a[n])
-            wrong, last, value = 0, 0, 0.0
-            for j in range(m):
-                new = 0.0
-                if on[j] != 0:
-                    force = h[n, j]
-                    for i in range(m):
-                        force -= G[n, j, i] * a[n, i]
-                    if on[j] * force >= 0:
-                        new = on[j]
-                elif abs(a[n, j]) > bound[n, j] + slack:
-                    new = 1.0 if a[n, j] > 0 else -1.0
-                if new != on[j]:
-                    wrong, last, value = wrong + 1, j, new
-                    if step < patience:
-                        on[j] = new
-            if wrong == 0:
-                break
-            if step >= patience:
-                on[last] = value
-
-
-def box_least_squares(G, h, bound, active, patience=3):
-    """Minimize a^T G a / 2 - h^T a subject to |a_j| <= bound_j, for a stack of problems.
+def box_least_squares(G, h, bound, active, a, patience=3):
+    """Fill `a` with the minimizer of a^T G a / 2 - h^T a subject to |a_j| <= bound_j.
 
     Block principal pivoting (Judice and Pires 1994): coefficients of the active set stand at their
     bound and leave the set if they are pulled inside; free ones beyond their bound join it. As
@@ -457,21 +447,72 @@ def box_least_squares(G, h, bound, active, patience=3):
 
     Parameters
     ----------
-    G : torch.Tensor, shape [N, m, m]
+    G : array [m, m]
         Positive definite.
-    h, bound : torch.Tensor, shape [N, m]
-    active : torch.Tensor, shape [N, m]
-        Where to begin: -1 and 1 at the lower and upper bound, 0 free.
+    h, bound, a : array [m]
+    active : array [m]
+        Where to begin, and on return where it ended: -1 and 1 at the lower and upper bound, 0 free.
     patience : int
-
-    Returns
-    -------
-    a, active : torch.Tensor, shape [N, m]
     """
-    data = [np.ascontiguousarray(v.cpu().numpy()) for v in (G, h, bound, active)]
-    a, data[3] = np.empty_like(data[1]), data[3].copy()
-    _box(*data, patience, a)
-    return torch.from_numpy(a).to(h).clamp(-bound, bound), torch.from_numpy(data[3]).to(h)
+    m = len(h)
+    system, slack = np.empty((m, m)), 1e-9 * bound.max()
+    for step in range(4**m):
+        for i in range(m):  # what is held moves to the right side and drops out
+            a[i] = active[i] * bound[i] if active[i] != 0 else h[i]
+            for j in range(m):
+                system[i, j] = 1.0 if i == j else 0.0
+                if active[i] == 0 and active[j] == 0:
+                    system[i, j] = G[i, j]
+                elif active[i] == 0:
+                    a[i] -= G[i, j] * active[j] * bound[j]
+        _solve(system, a)
+        wrong, last, value = 0, 0, 0.0
+        for j in range(m):
+            new = 0.0
+            if active[j] != 0:
+                force = h[j]
+                for i in range(m):
+                    force -= G[j, i] * a[i]
+                if active[j] * force >= 0:
+                    new = active[j]
+            elif abs(a[j]) > bound[j] + slack:
+                new = 1.0 if a[j] > 0 else -1.0
+            if new != active[j]:
+                wrong, last, value = wrong + 1, j, new
+                if step < patience:
+                    active[j] = new
+        if wrong == 0:
+            break
+        if step >= patience:
+            active[last] = value
+    for j in range(m):
+        a[j] = min(max(a[j], -bound[j]), bound[j])
+
+
+@njit(cache=True)
+def _learn(t, arms, losses, phi, y, low, high, error, gamma, G, h, active, a):
+    """Let ChebCB see the losses [S] of round t = 1, 2, ..., given phi [S, m] and y [S, d]."""
+    S, d, m = h.shape
+    rest = (math.pi + 2 / math.pi * math.log(2 * m + 1)) / (2 * (m + 1))
+    bound = np.empty(m)
+    for s in range(S):
+        arm, loss = arms[s], losses[s]
+        error[s] += (y[s, arm] - loss) ** 2
+        for j in range(m):
+            h[s, arm, j] += loss * phi[s, j]
+            for i in range(m):
+                G[s, arm, j, i] += phi[s, j] * phi[s, i]
+        moved = loss < low[s] or loss > high[s]
+        low[s], high[s] = min(low[s], loss), max(high[s], loss)
+        bound[0] = high[s]
+        for j in range(1, m):
+            bound[j] = 2 * (high[s] - low[s]) / j
+        # The arm that was played is fitted again, and all arms where the bounds have moved.
+        for i in range(d):
+            if moved or i == arm:
+                box_least_squares(G[s, i], h[s, i], bound, active[s, i], a[s, i])
+        alpha = rest * (high[s] - low[s])
+        gamma[s, 0] = 2 * t * math.sqrt(d * t / max(error[s] + 2 * alpha**2 * t, 1e-12))
 
 
 class ChebCB(Learner):
@@ -496,39 +537,22 @@ class ChebCB(Learner):
 
     def start(self, like, horizon):
         (S, d), m = like.shape, self.m
-        self.rows, self.degree = torch.arange(S, device=like.device), torch.arange(m).to(like)
-        ridge = 1e-6 * torch.eye(m).to(like)  # so that too few data have a solution: the smallest
-        self.G = ridge.expand(S, d, m, m).clone()
-        self.h, self.a, self.active = (like.new_zeros(S, d, m) for _ in range(3))
-        self.low, self.high = like.new_full((S,), math.inf), like.new_zeros(S)
-        self.error, self.gamma = like.new_zeros(S), like.new_zeros(S, 1)
+        zeros = like.cpu().new_zeros
+        self.degree = torch.arange(m).to(like)
+        self.gamma, self.a = zeros(S, 1), zeros(S, d, m)
+        low, high, error, active = zeros(S) + math.inf, zeros(S), zeros(S), zeros(S, d, m)
+        G = zeros(S, d, m, m) + 1e-6 * torch.eye(m)  # so that too few data have a solution
+        state = low, high, error, self.gamma, G, zeros(S, d, m), active, self.a
+        self.state = [v.numpy() for v in state]  # the same memory
 
     def probabilities(self, t, context):
-        self.phi = torch.cos(
-            self.degree * context.clamp(-1, 1).arccos()[:, None]
-        )  # T_j = cos j acos
-        self.y = (self.a @ self.phi[..., None])[..., 0]
-        least, star = self.y.min(1)
-        p = 1 / (self.y.shape[1] + self.gamma * (self.y - least[:, None]))
-        return p + one_hot(star, p) * (1 - p.sum(1, keepdim=True))
+        # T_j = cos j acos
+        self.phi = torch.cos(self.degree * context.clamp(-1, 1).arccos()[:, None])
+        self.y = (self.a.to(context) @ self.phi[:, :, None])[:, :, 0]
+        least, star = self.y.min(1, keepdim=True)
+        p = 1 / (self.y.shape[1] + self.gamma.to(context) * (self.y - least))
+        return p.scatter_add_(1, star, 1 - p.sum(1, keepdim=True))
 
     def update(self, t, arms, losses, p, context):
-        self.error += (self.y[self.rows, arms] - losses) ** 2
-        low, high = self.low.minimum(losses), self.high.maximum(losses)
-        moved = (low < self.low) | (high > self.high)
-        self.low, self.high = low, high
-        self.G[self.rows, arms] += self.phi[:, :, None] * self.phi[:, None]
-        self.h[self.rows, arms] += losses[:, None] * self.phi
-        # The arm that was played is fitted again, and all arms where the bounds have moved.
-        i, arm = self.rows, arms
-        if moved.any():
-            i, arm = (one_hot(arms, p).bool() | moved[:, None]).nonzero(as_tuple=True)
-        bound = 2 * (high - low)[:, None] / self.degree.clamp(min=1)
-        bound[:, 0] = high
-        self.a[i, arm], self.active[i, arm] = box_least_squares(
-            self.G[i, arm], self.h[i, arm], bound[i], self.active[i, arm]
-        )
-        m, d, t = self.m, p.shape[1], t + 1
-        alpha = (math.pi + 2 / math.pi * math.log(2 * m + 1)) / (2 * (m + 1)) * (high - low)
-        spread = (self.error + 2 * alpha**2 * t).clamp(min=1e-12)
-        self.gamma = (2 * t * (d * t / spread).sqrt())[:, None]
+        seen = (v.cpu().numpy() for v in (arms, losses, self.phi, self.y))
+        _learn(t + 1, *seen, *self.state)
