@@ -70,6 +70,20 @@ class Replayed(Stream):
         return n * torch.as_tensor(mean), n
 
 
+class Exact(Stream):
+    """A stream without chance: every arm earns its `pay` [K] in every pull, whatever its mean."""
+
+    pay = None
+
+    def pull(self, slot, times):
+        runs = torch.arange(len(self.left))
+        arm = self._slot[runs, torch.as_tensor(slot).expand(len(runs))]
+        _, n = super().pull(slot, times)
+        if isinstance(slot, int) and slot == 0:
+            self.offers = [*getattr(self, "offers", []), n.max().item()]
+        return n * self.pay[arm.clamp(min=0)], n
+
+
 class Plain:
     """What `Replayed` is, for one run and with arms by number: no memory is enforced."""
 
@@ -282,6 +296,29 @@ def test_the_game_against_a_plain_loop(K, order, gap, cap):
         assert float(out.explored[s]) == explored
         assert float(out.gap[s]) == pytest.approx(found, abs=1e-12)
         assert float(out.regret[s]) == pytest.approx(regret, rel=1e-9)
+
+
+@every_algorithm
+def test_who_only_draws_level_does_not_take_the_throne(name):
+    """All arms pay the same: the first one stays, in every level, and a tie goes up."""
+    K, T = 60, 64.0 * 60
+    means = torch.linspace(0.9, 0.1, K).double().expand(2, K)
+    stream = Exact(means, n_levels(name, K), T)
+    stream.pay = torch.full((K,), 0.5).double()
+    options = {"cap": 0.0} if name == "game_of_arms" else {}  # 0: the winner of the sub-stream
+    assert (ALGORITHMS[name](stream, **options).gap == 0).all()
+
+
+@pytest.mark.parametrize("above, falls", [(0.0, False), (1e-4, True)])
+def test_the_margin_of_a_challenger_is_a_fifth_of_epsilon(above, falls):
+    """At epsilon = 1/4 a king of 0.5 falls to more than 0.45 exactly; level 1 is never played."""
+    K = 40
+    stream = Exact(torch.linspace(0.9, 0.1, K).double().expand(2, K), 2, 64.0 * K)
+    stream.pay = (0.5 - epsilon(stream)[0] / 5 + above).repeat(K)
+    stream.pay[0] = 0.5
+    out = ALGORITHMS["game_of_arms"](stream)
+    assert (out.gap > 0).all() == falls
+    assert set(stream.offers) == {16.0}  # eps^-2: level 0
 
 
 @every_algorithm

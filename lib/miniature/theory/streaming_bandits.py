@@ -22,7 +22,9 @@ than its cap c_l, the king is offered to level l + 1 and the level is emptied. B
 slower than the number of arms shrinks, so the pulls of all levels sum to O(K / eps^2).
 
 `game_of_arms` (Assadi and Wang 2020) keeps one king with a budget of pulls that grows with every
-arrival. Who challenges it is pulled 1, 2, 4, ... times eps^-2, as long as the budget can pay.
+arrival. Who challenges it is pulled 1, 2, 4, ... times eps^-2, until it proves worse or the budget
+cannot pay. With the constants of the authors' code it can never pay the second round: 1.2 / eps^2
+is left after the first, so who passes the first is king.
 
 Rivals: `uniform`, and `naive` (ln K / eps^2 pulls each: an eps-best arm with a union bound).
 
@@ -193,6 +195,9 @@ def _no_cap_at_the_top(cap):
 def game_of_arms(stream, factor=1.0, gap=0.0, cap=10.0, seed=0):
     """(e) One king and its budget, and a random sub-stream in case the game costs too much.
 
+    The first king is pulled 1.2 / eps^2 times like those after it. The released code never pulls it
+    for the game and sets its estimate to eps / 2.
+
     Parameters
     ----------
     stream : Stream
@@ -202,8 +207,8 @@ def game_of_arms(stream, factor=1.0, gap=0.0, cap=10.0, seed=0):
         A new king's estimate is at least the old one's plus this. The released code adds half the
         true gap between the two best arms, which no algorithm can know.
     cap : float
-        The winner of the sub-stream is used if the game costs more than cap * K / eps^2. Budgets
-        sum to at most 2.2 K / eps^2 and coronations to 1.2, so that 10 is out of reach.
+        The winner of the sub-stream is used if the game costs more than cap * K / eps^2. First
+        rounds sum to K / eps^2 and coronations to at most 1.2 of it: 10 is out of reach.
     seed : int
         Of the sub-stream.
     """
@@ -220,11 +225,13 @@ def game_of_arms(stream, factor=1.0, gap=0.0, cap=10.0, seed=0):
         playing = cost <= cap
         budget = budget + unit
         crowned, level = torch.zeros_like(playing), 0
-        while playing.any():
+        while True:
             price = 2**level * unit
             can_pay = budget >= price
             crowned = crowned | (playing & ~can_pay)  # the king falls
             playing = playing & can_pay
+            if not playing.any():
+                break
             price = price * playing
             mean, n = pulled_mean(stream, 0, price)
             budget, cost = budget - price, cost + n
@@ -244,7 +251,6 @@ def game_of_arms(stream, factor=1.0, gap=0.0, cap=10.0, seed=0):
         better = chosen & (mean > best)
         if better.any():
             best = torch.where(better, mean, best)
-            stream.drop(winner, better & (winner != king))
             free = torch.where(crowned, king, torch.where(king == winner, 3 - king, winner))
             stream.move(0, free, better & ~crowned)
             winner = torch.where(better, free, winner)
