@@ -143,7 +143,7 @@ def neighbor_distances(x, k, at=None):
     if not 2 <= k < len(distinct):
         raise ValueError(f"k must lie in 2..{len(distinct) - 1}, the distinct others, not {k}")
     rows = []
-    for part in (x if at is None else at.double()).split(1024):
+    for part in (x if at is None else at.double()).split(256):
         near = distinct[brute_force(distinct, part, k + 1)]
         # again as differences: a distance from a matrix product has no digits where it is small
         again = torch.cdist(part[:, None], near, compute_mode="donot_use_mm_for_euclid_dist")
