@@ -209,6 +209,19 @@ def test_batches():
     assert max(d.solution(0)) < 30
 
 
+def test_the_size_of_a_batch_and_what_finding_it_costs():
+    """Nine pairs of twins: the m-th draw is new with probability 1 - (m - 1) / 17, so m = 4."""
+    twins = Coverage(torch.eye(9).repeat_interleave(3, 1).repeat_interleave(2, 0).double())
+    d = ds.Dynamic(twins, 10, eps=0.2, guesses=[30.0], trials=4000, seed=3)
+    d.play(np.arange(17) + 1)
+    d.play([18])  # level 1 was built of 12: with 18 it is built again
+    assert d.levels.built[0, 1] == 18 and len(snapshot(d, 0)[1][0]) == 4
+    # k = 4: the sizes 3 and 4 are tested, nothing is filtered.
+    d = ds.Dynamic(twins, 4, eps=0.2, guesses=[20.0], trials=4000, seed=3)
+    d.play(np.arange(17) + 1)
+    assert d.play([18]).queries[0] == 1 + 2 * 4000 + 1  # f(v), the tests, f(G)
+
+
 def test_lazy_insertions_of_batches():
     """A level of 20 is built again when it has grown to 30, not before."""
     apart = Coverage(torch.eye(60).repeat_interleave(3, 1).double())
@@ -278,7 +291,8 @@ def test_sieve_against_its_rule(make):
 def test_pack_keeps_the_function(make):
     f = make(5)
     rows = ds.pack(f)
-    assert (rows.dtype == np.uint64) == (make is coverage)
+    bits = make is coverage
+    assert (rows.ones.shape[1] > 0) == bits and (rows.real.shape[1] == 0) == bits
     d = ds.Dynamic(f, 12, guesses=[1e-6 * value(f, range(12))], seed=0)
     assert d.play(np.arange(12) + 1).value[-1] == 0  # every element exceeds so small a guess
     d = ds.Dynamic(f, 12, seed=0)

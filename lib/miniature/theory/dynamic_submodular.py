@@ -43,27 +43,29 @@ from types import SimpleNamespace
 
 import numpy as np
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-# Axes: C copies, levels 0..k+1 (level 0: only G_0), n elements, w words of a set's state.
-# rows [n, w]; tau, cap [C]; R [C, k+2, n] the survivors and pos [C, k+2, n] where an element stands
-# in R, -1 outside; gain [C, k+2, n] f(e | G_{i-1}) of those in R_i; size, built [C, k+2] |R_i| now
-# and when level i was built; picks [C, k] G in order, S_i = picks[start_i : start_{i+1}], start
-# [C, k+2]; top [C] the number of levels T; state [C, k+2, w] and value [C, k+2] of G_i;
-# count [1]: queries.
+# f(S) = number of columns of ones with a one in the rows of S + sum over the columns of real of the
+# largest entry in the rows of S. ones [n, w] uint64, 64 columns a word; real [n, m] float64; either
+# may have no columns, so that all functions are of one type and everything is compiled once.
+Rows = namedtuple("Rows", "ones real")
+
+# Axes: C copies, levels 0..k+1 (level 0: only G_0), n elements.
+# tau, cap [C]; R [C, k+2, n] the survivors and pos [C, k+2, n] where an element stands in R, -1
+# outside; gain [C, k+2, n] f(e | G_{i-1}) of those in R_i; size, built [C, k+2] |R_i| now and when
+# level i was built; picks [C, k] G in order, S_i = picks[start_i : start_{i+1}], start [C, k+2];
+# top [C] the number of levels T; ones [C, k+2, w] and real [C, k+2, m] the rows of G_i joined,
+# value [C, k+2] f(G_i); count [1]: queries.
 Levels = namedtuple(
     "Levels",
-    "rows tau cap R pos gain size built picks start top state value count live rng k eps trials",
+    "f tau cap R pos gain size built picks start top ones real value count live rng k eps trials",
 )
 # Functions that only compiled code calls: without entry points for others they compile faster.
 INNER = {"cache": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-ADAPTIVE = (
-    0  # the operation "delete the solution's first element"; +(v + 1) inserts, -(v + 1) deletes
-)
+ADAPTIVE = 0  # delete the solution's first element; +(v + 1) inserts, -(v + 1) deletes
 
 
-# The set function: f(S) = sum over columns of the largest entry in the rows of S. Rows of bits
-# (coverage) are 64 columns a word.
+# The set function.
 
 
 @intrinsic
@@ -72,48 +74,24 @@ def _popcount(typing, x):
     return types.uint64(types.uint64), lambda ctx, builder, sig, args: builder.ctpop(args[0])
 
 
-def _gain(row, state):
-    """f(e | G) from the row of e and the state of G."""
+@njit(**INNER, fastmath={"reassoc", "contract"})  # lets the sum be vectorized, no more
+def _gain(f, v, ones, real):
+    """f(v | G) from the joined rows of G: ones [w], real [m]."""
+    count, total = np.uint64(0), 0.0
+    for j in range(len(ones)):
+        count += _popcount(f.ones[v, j] & ~ones[j])
+    for j in range(len(real)):
+        total += max(f.real[v, j] - real[j], 0.0)
+    return count + total
 
 
-@overload(_gain, jit_options={"fastmath": {"reassoc", "contract"}})
-def _gain_overload(row, state):
-    if row.dtype == types.uint64:
-
-        def gain(row, state):
-            total = np.uint64(0)
-            for j in range(len(row)):
-                total += _popcount(row[j] & ~state[j])
-            return float(total)
-    else:
-
-        def gain(row, state):
-            total = 0.0
-            for j in range(len(row)):
-                total += max(row[j] - state[j], 0.0)
-            return total
-
-    return gain
-
-
-def _join(state, row):
-    """Add an element to a state, in place."""
-
-
-@overload(_join)
-def _join_overload(state, row):
-    if row.dtype == types.uint64:
-
-        def join(state, row):
-            for j in range(len(row)):
-                state[j] |= row[j]
-    else:
-
-        def join(state, row):
-            for j in range(len(row)):
-                state[j] = max(state[j], row[j])
-
-    return join
+@njit(**INNER)
+def _join(f, v, ones, real):
+    """Add element v to the joined rows, in place."""
+    for j in range(len(ones)):
+        ones[j] |= f.ones[v, j]
+    for j in range(len(real)):
+        real[j] = max(real[j], f.real[v, j])
 
 
 def pack(f):
@@ -121,14 +99,15 @@ def pack(f):
 
     Returns
     -------
-    numpy.ndarray, shape [n, w]
-        uint64, 64 columns a word, where every entry is 0 or 1 and every weight 1; else float64.
+    Rows
+        Bits only, where every entry is 0 or 1 and every weight 1; else real numbers only.
     """
     rows, weights = f.rows.double().cpu().numpy(), f.weights.double().cpu().numpy()
     if not (((rows == 0) | (rows == 1)).all() and (weights == 1).all()):
-        return np.ascontiguousarray(rows * weights)
+        return Rows(np.zeros((f.n, 0), np.uint64), np.ascontiguousarray(rows * weights))
     bits = np.packbits(rows.astype(bool), axis=1)
-    return np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8))).view(np.uint64)
+    ones = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8))).view(np.uint64)
+    return Rows(ones, np.zeros((f.n, 0)))
 
 
 # One copy.
@@ -138,7 +117,7 @@ def pack(f):
 def query(s, c, i, v):
     """f(v | G_i), charged."""
     s.count[0] += 1
-    return _gain(s.rows[v], s.state[c, i])
+    return _gain(s.f, v, s.ones[c, i], s.real[c, i])
 
 
 @njit(**INNER)
@@ -189,16 +168,14 @@ def largest_band(s, c, i):
 def sample_size(s, c, i, B, edge):
     """m_i: the most draws of which the last keeps a gain >= edge with probability 1 - eps."""
     low, high = 1, min(s.k - s.start[c, i], len(B))
-    state = np.empty_like(s.state[c, i])
     while low < high:
         m, kept = (low + high + 1) // 2, 0
         for _ in range(s.trials):
             draw(s, B, m)
-            state[:] = s.state[c, i - 1]
+            s.ones[c, i], s.real[c, i] = s.ones[c, i - 1], s.real[c, i - 1]
             for v in B[: m - 1]:
-                _join(state, s.rows[v])
-            s.count[0] += 1
-            kept += _gain(s.rows[B[m - 1]], state) >= edge
+                _join(s.f, v, s.ones[c, i], s.real[c, i])
+            kept += query(s, c, i, B[m - 1]) >= edge
         if kept >= (1 - s.eps) * s.trials:
             low = m
         else:
@@ -220,18 +197,20 @@ def construct(s, c, i, first):
             B[0] = first if first >= 0 else s.R[c, i, int(s.rng.random() * s.size[c, i])]
             first = -1
         a = s.start[c, i]
-        s.state[c, i] = s.state[c, i - 1]  # G_i = G_{i-1} + S_i
+        s.ones[c, i], s.real[c, i] = s.ones[c, i - 1], s.real[c, i - 1]  # G_i = G_{i-1} + S_i
         s.value[c, i] = s.value[c, i - 1]
         for j in range(m):
             s.picks[c, a + j] = B[j]
-            s.value[c, i] += _gain(s.rows[B[j]], s.state[c, i])
-            _join(s.state[c, i], s.rows[B[j]])
+            s.value[c, i] += _gain(s.f, B[j], s.ones[c, i], s.real[c, i])
+            _join(s.f, B[j], s.ones[c, i], s.real[c, i])
         s.count[0] += m > 1  # f(G_i); for a single element f(e | G_{i-1}) is known
         s.start[c, i + 1] = a + m
         clear(s, c, i + 1)
         if a + m < s.k:
+            s.count[0] += s.size[c, i]
+            ones, real = s.ones[c, i], s.real[c, i]
             for v in s.R[c, i, : s.size[c, i]]:  # R_{i+1} = {e in R_i : f(e | G_i) >= tau}
-                gain = query(s, c, i, v)
+                gain = _gain(s.f, v, ones, real)
                 if gain >= s.tau[c]:
                     enter(s, c, i + 1, v, gain)
         i += 1
@@ -242,26 +221,29 @@ def construct(s, c, i, first):
 
 @njit(**INNER)
 def insert(s, c, v, gain):
-    """Let v enter level by level; gain = f(v)."""
+    """Let v enter level by level; gain = f(v).
+
+    Returns the level to be built again (0: none) and who is to be drawn there (-1: anyone).
+    """
     i = 1
     while gain >= s.tau[c] and gain <= s.cap[c] and s.start[c, i] < s.k:
         enter(s, c, i, v, gain)
         if s.trials > 0:
             if s.size[c, i] >= 1.5 * s.built[c, i]:  # lazy: half as many again
-                construct(s, c, i, -1)
-                return
+                return i, -1
         elif s.rng.random() * s.size[c, i] < 1:  # v would have been drawn
-            construct(s, c, i, v)
-            return
+            return i, v
         gain = query(s, c, i, v)
         i += 1
+    return 0, -1
 
 
 @njit(**INNER)
 def delete(s, c, v):
-    """Take v out of all levels; build again from the level whose S_i had it.
+    """Take v out of all levels.
 
-    Returns whether one had; the sum of m_i / |R_i| over the levels with v; over all levels.
+    Returns the level whose S_i had it, to be built again (0: none); the sum of m_i / |R_i| over
+    the levels with v; over all levels.
     """
     hit, chance, total = 0, 0.0, 0.0
     for i in range(1, s.top[c] + 1):
@@ -272,15 +254,13 @@ def delete(s, c, v):
             leave(s, c, i, v)
             if (S == v).any():
                 hit = i
-    if hit:
-        construct(s, c, hit, -1)
-    return hit > 0, chance, total
+    return hit, chance, total
 
 
 # All copies, over a stream.
 
 
-@njit(cache=True)
+@njit(**INNER)
 def best_copy(s):
     best = 0
     for c in range(1, len(s.tau)):
@@ -289,21 +269,24 @@ def best_copy(s):
     return best
 
 
-@njit(cache=True)
+@njit(cache=True, no_cfunc_wrapper=True)
 def _play(s, stream, value, queries, element, hit, chance, total):
     for t in range(len(stream)):
-        before, op = s.count[0], stream[t]
+        before, op, gain = s.count[0], stream[t], 0.0
         if op == ADAPTIVE:
             op = -s.picks[best_copy(s), 0] - 1
         v = abs(op) - 1
         element[t], s.live[v] = v, op > 0
         if op > 0:
             gain = query(s, 0, 0, v)  # f(v), once for all copies
-            for c in range(len(s.tau)):
-                insert(s, c, v, gain)
-        else:
-            for c in range(len(s.tau)):
-                hit[t, c], chance[t, c], total[t, c] = delete(s, c, v)
+        for c in range(len(s.tau)):
+            if op > 0:
+                level, first = insert(s, c, v, gain)
+            else:
+                (level, chance[t, c], total[t, c]), first = delete(s, c, v), -1
+                hit[t, c] = level > 0
+            if level > 0:
+                construct(s, c, level, first)
         best = best_copy(s)
         value[t], queries[t] = s.value[best, s.top[best]], s.count[0] - before
 
@@ -339,15 +322,16 @@ class Dynamic:
         guess = np.asarray(guesses, float)
         if guess.ndim != 1 or not len(guess) or not (guess > 0).all():
             raise ValueError(f"guesses of OPT must be a list of positive numbers, got {guesses}")
-        C, n, w = len(guess), f.n, rows.shape[1]
+        C, n = len(guess), f.n
         per_level, per_element = (C, k + 2), (C, k + 2, n)
         self.f, self.guess, self.elements = f, guess, n
         self.levels = Levels(
-            rows, guess / (2 * k), guess, np.zeros(per_element, np.int32),
+            rows, guess / (2 * k), guess, np.zeros(per_element, np.int64),
             np.full(per_element, -1, np.int32), np.zeros(per_element),
             np.zeros(per_level, np.int64), np.zeros(per_level, np.int64),
             np.zeros((C, k), np.int64), np.zeros(per_level, np.int64), np.zeros(C, np.int64),
-            np.zeros((C, k + 2, w), rows.dtype), np.zeros(per_level), np.zeros(1, np.int64),
+            np.zeros((C, k + 2, rows.ones.shape[1]), np.uint64),
+            np.zeros((C, k + 2, rows.real.shape[1])), np.zeros(per_level), np.zeros(1, np.int64),
             np.zeros(n, np.bool_), np.random.default_rng([seed, 51]), k, eps, trials,
         )  # fmt: skip
 
@@ -381,7 +365,7 @@ class Dynamic:
     def solution(self, copy=None):
         """Return G of a copy (default: of the best) as a list, in the order of its levels."""
         s = self.levels
-        c = best_copy(s) if copy is None else copy
+        c = np.argmax(s.value[np.arange(len(s.top)), s.top]) if copy is None else copy
         return s.picks[c, : s.start[c, s.top[c] + 1]].tolist()
 
     def survivors(self, copy=0):
@@ -421,18 +405,19 @@ def _checked(stream, live):
 # The rival.
 
 
-@njit(cache=True)
-def _sieve(rows, tau, cap, k, stream, value, queries, element, hit):
-    C, (n, w) = len(tau), rows.shape
+@njit(cache=True, no_cfunc_wrapper=True)
+def _sieve(f, tau, cap, k, stream, value, queries, element, hit):
+    C, n = len(tau), len(f.ones)
     order, known = np.empty(n, np.int64), 0  # live elements by arrival
-    single, empty = np.zeros(n), np.zeros(w, rows.dtype)
+    single = np.zeros(n)
     picks, size = np.zeros((C, k), np.int64), np.zeros(C, np.int64)
-    state, total = np.zeros((C, w), rows.dtype), np.zeros(C)
+    ones, real = np.zeros((C + 1, f.ones.shape[1]), np.uint64), np.zeros((C + 1, f.real.shape[1]))
+    total = np.zeros(C)  # ones[C], real[C]: of the empty set
     for t in range(len(stream)):
         v = abs(stream[t]) - 1
         element[t] = v
         if stream[t] > 0:
-            single[v], order[known] = _gain(rows[v], empty), v
+            single[v], order[known] = _gain(f, v, ones[C], real[C]), v
             queries[t] += 1
             known += 1
         else:
@@ -442,18 +427,19 @@ def _sieve(rows, tau, cap, k, stream, value, queries, element, hit):
             begin = known - 1 if stream[t] > 0 else known
             if stream[t] < 0 and (picks[c, : size[c]] == v).any():
                 hit[t, c], begin = True, 0  # one more pass over all that is live
-                size[c], total[c], state[c] = 0, 0.0, empty
+                size[c], total[c] = 0, 0.0
+                ones[c], real[c] = ones[C], real[C]
             for u in order[begin:known]:
                 if size[c] == k:
                     break
                 if tau[c] <= single[u] <= cap[c]:
                     queries[t] += size[c] > 0
-                    gain = _gain(rows[u], state[c])
+                    gain = _gain(f, u, ones[c], real[c])
                     if gain >= tau[c]:
                         picks[c, size[c]] = u
                         size[c] += 1
                         total[c] += gain
-                        _join(state[c], rows[u])
+                        _join(f, u, ones[c], real[c])
         value[t] = total.max()
 
 
