@@ -420,9 +420,7 @@ def by_layer(tensors):
     return out
 
 
-def finetune(
-    stack, method, loss, batches, optimizer, schedule=None, max_norm=None, callback=None
-):
+def finetune(stack, method, loss, batches, optimizer, schedule=None, max_norm=None, callback=None):
     """Train all copies of an adapted model: optimizer steps with the method's penalty and update.
 
     Parameters
