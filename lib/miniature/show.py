@@ -213,6 +213,11 @@ def table(rows, caption=""):
     """
     from IPython.display import HTML, display
 
+    display(HTML(table_html(rows, caption)))
+
+
+def table_html(rows, caption=""):
+    """Return the HTML of `table`."""
     from .claims import _number
 
     def text(value):
@@ -224,7 +229,7 @@ def table(rows, caption=""):
         "<tr>" + "".join(cell.format("td", text(v)) for v in row.values()) + "</tr>" for row in rows
     )
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    display(HTML(f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"))
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def interact(draw, **values):
@@ -279,21 +284,40 @@ def tuning(record):
     import numpy as np
 
     methods = record["methods"]
+    rows = -(-len(methods) // 5)
+    across = -(-len(methods) // rows)  # at most five panels a row, rows of about equal length
     fig, axes = subplots(
-        1, len(methods), width=max(5.0, 1.9 * len(methods)), height=2.5, sharey=True, squeeze=False
+        rows,
+        across,
+        width=max(5.0, 1.9 * across),
+        height=0.4 + 2.1 * rows,
+        sharey=True,
+        squeeze=False,
     )
+    for ax in axes.flat[len(methods) :]:
+        ax.remove()
     best = max if record["higher_is_better"] else min
-    for ax, (name, method) in zip(axes[0], methods.items()):
-        labels = list(method["scores"])
+    everything = np.concatenate(
+        [np.ravel(list(m["scores"].values())).astype(float) for m in methods.values()]
+    )
+    if everything.min() > 0 and everything.max() > 30 * everything.min():
+        axes[0][0].set_yscale("log")  # one diverged run would flatten all the rest
+    grids = [list(m["scores"]) for m in methods.values()]
+    for i, (ax, (name, method)) in enumerate(zip(axes.flat, methods.items())):
+        labels = grids[i]
         scores = np.array([method["scores"][k] for k in labels], dtype=float)
         means = scores.mean(1)
         ax.plot(range(len(labels)), scores, color="#bbbbbb", linewidth=0.8)
-        ax.plot(range(len(labels)), means, color=color(name), marker=marker(name))
+        kind = name.partition(",")[0]  # sizes of one method, "LoRA, r = 4", share its color
+        ax.plot(range(len(labels)), means, color=color(kind), marker=marker(kind))
         at = int(np.flatnonzero(means == best(means))[0])
         ax.plot(at, means[at], "o", markersize=13, markerfacecolor="none", color="black")
-        ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=8)
-        ax.set_title(name)
-    axes[0][0].set_ylabel(record["metric"])
+        ax.minorticks_off()
+        same = i + across < len(grids) and grids[i + across] == labels  # said by the panel below
+        words = [""] * len(labels) if same else labels
+        ax.set_xticks(range(len(labels)), words, rotation=45, ha="right", fontsize=8)
+        ax.set_title(name, fontsize=10)
+    fig.supylabel(record["metric"], fontsize=10)
     fig.supxlabel(", ".join(record["grid"]) + " (chosen value circled)", fontsize=9)
     chosen = "; ".join(
         f"{name}: {', '.join(f'{k} = {v}' for k, v in m['chosen'].items())}"

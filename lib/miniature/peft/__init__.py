@@ -34,6 +34,7 @@ from .engine import (
     trainable,
     unmerge,
 )
+from .plane import plane
 
 __all__ = [
     "Adapted",
@@ -57,6 +58,7 @@ __all__ = [
     "load",
     "load_adapter_state",
     "merge",
+    "plane",
     "save",
     "saved_bytes",
     "trainable",
