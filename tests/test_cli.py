@@ -199,13 +199,15 @@ def test_refresh(project):  # noqa: F811
     assert "injected-parameters" not in path.read_text()
 
 
-def test_refresh_renews_the_index(project):  # noqa: F811
+def test_refresh_renews_the_indexes(project):  # noqa: F811
     add_notebook("alpha")
     source = run.papers.paper("alpha").notebook
-    front = project / "notebooks" / "index.ipynb"
-    front.write_text(source.read_text())
+    indexes = [project / "notebooks" / "index.ipynb", source.with_name("index.ipynb")]
+    for path in indexes:
+        path.write_text(source.read_text())
     assert call("refresh", "alpha", "-j", 1).exit_code == 0
-    assert run.claims(run.read(front)) is not None
+    for path in indexes:
+        assert run.claims(run.read(path)) is not None
 
 
 def test_tune_runs_the_search_again_and_tells_the_choice(project):  # noqa: F811

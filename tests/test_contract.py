@@ -12,7 +12,7 @@ from miniature.claims import MIME, VERDICTS
 
 ROOT = papers.root()
 CARDS = ROOT.parent / "shared" / "papers"
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
+NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").glob("*/*.ipynb") if p.stem != "index")
 SECTIONS = [
     "The problem",
     "The idea",

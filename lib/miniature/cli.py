@@ -203,17 +203,19 @@ def refresh(
     """Run notebooks with their own parameters and store the outputs in them.
 
     Writes into notebooks/, whole or not at all. What a failing notebook had reached goes to
-    runs/SLUG.failed.ipynb, and the notebook stays as it was. The index is run last, so that its
-    table shows the new verdicts.
+    runs/SLUG.failed.ipynb, and the notebook stays as it was. The indexes, of fields and of all
+    papers, are run last, so that they show what is new.
     """
 
     def job(paper):
         return runner.make_job(paper, papers.root() / "runs", {}, in_place=True, timeout=timeout)
 
     results = _execute([job(p) for p in _chosen(slugs, field, all_papers)], _n_jobs(jobs, "auto"))
-    front = papers.root() / "notebooks" / "index.ipynb"
-    if front.exists():
-        results += _execute([job(SimpleNamespace(slug="index", field="", notebook=front))], 1)
+    folder = papers.root() / "notebooks"
+    for path in (*sorted(folder.glob("*/index.ipynb")), folder / "index.ipynb"):
+        if path.exists():
+            slug = path.relative_to(folder).with_suffix("").as_posix().replace("/", "-")
+            results += _execute([job(SimpleNamespace(slug=slug, field="", notebook=path))], 1)
     _summarize(results)
     _exit(results)
 
