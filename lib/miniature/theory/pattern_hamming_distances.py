@@ -365,11 +365,6 @@ def kopelowitz_porat(text, pattern, eps, reps, generator, rule="fft"):
     return D.view(S, reps, -1).transpose(0, 1).cummax(0).values
 
 
-def kopelowitz_porat_ops(n, m, eps):
-    """Operations of one repetition: a correlation for each of the ceil(2 / eps) letters."""
-    return math.ceil(2 / eps) * correlation_ops(n, m)
-
-
 def karloff(text, pattern, reps, generator, dtype=torch.float64):
     """Estimate by random maps of the letters to {0, 1}, which keep half of the mismatches.
 

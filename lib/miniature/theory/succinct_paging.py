@@ -117,24 +117,8 @@ def first(c, good, key):
 
 
 @njit(cache=True)
-def follow_bits(trace, k, bit):
-    """FollowBits: evict a 1-page, else any page."""
-    c = new_cache(trace, k)
-    discard = np.zeros(len(c.where), np.bool_)
-    for t, page in enumerate(trace):
-        if c.where[page] < 0:
-            if full(c):
-                ones = discard[c.slot]
-                drop(c, t, pick(ones if ones.any() else ~ones, 0.0))
-            load(c, t, page)
-        discard[page] = bit[t]
-        served(c, page)
-    return c
-
-
-@njit(cache=True)
-def flush_when_all_0(trace, k, bit):
-    """FlushWhenAll0: evict a 1-page; if all pages carry 0, empty the whole cache."""
+def follow_bits(trace, k, bit, flush=False):
+    """FollowBits: evict a 1-page, else any page. With `flush`: else empty the whole cache."""
     c = new_cache(trace, k)
     discard = np.zeros(len(c.where), np.bool_)
     for t, page in enumerate(trace):
@@ -144,12 +128,18 @@ def flush_when_all_0(trace, k, bit):
                 if ones.any():
                     drop(c, t, pick(ones, 0.0))
                 else:  # one of these zeros is wrong, and nobody knows which
-                    for i in range(k):
+                    for i in range(k if flush else 1):
                         drop(c, t, i)
             load(c, t, page)
         discard[page] = bit[t]
         served(c, page)
     return c
+
+
+@njit(cache=True)
+def flush_when_all_0(trace, k, bit):
+    """FlushWhenAll0: evict a 1-page; if all pages carry 0, empty the whole cache."""
+    return follow_bits(trace, k, bit, True)
 
 
 @njit(cache=True)
