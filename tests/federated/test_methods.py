@@ -1,11 +1,8 @@
 """One contract for every federated method: whatever is a `Method` in the package is held to it."""
 
-import importlib
-import inspect
-import pkgutil
-
 import pytest
 import torch
+from kinds import kinds
 
 import miniature.federated
 from miniature import data
@@ -19,18 +16,7 @@ from miniature.stack import Stack
 LR, SEEDS = 0.05, [0, 1, 2]
 
 
-def every_method():
-    """All Method classes of the package, once each."""
-    found = {}
-    for module in pkgutil.iter_modules(miniature.federated.__path__):
-        module = importlib.import_module(f"miniature.federated.{module.name}")
-        for _, kind in inspect.getmembers(module, inspect.isclass):
-            if issubclass(kind, Method):
-                found[kind.__qualname__] = kind
-    return [found[k] for k in sorted(found)]
-
-
-@pytest.fixture(params=every_method(), ids=lambda k: k.__name__)
+@pytest.fixture(params=[Method, *kinds(miniature.federated, Method)], ids=lambda k: k.__name__)
 def kind(request):
     return request.param
 

@@ -5,11 +5,10 @@ in `ARGUMENTS`. `MODELS` says on which small models it is tried.
 """
 
 import copy
-import importlib
-import pkgutil
 
 import pytest
 import torch
+from kinds import kinds
 from torch import nn
 
 import miniature.peft
@@ -56,19 +55,6 @@ INPUTS = {
 ARGUMENTS = {"rank": 3, "width": 3, "length": 3}  # small ones, where a method has them
 
 
-def all_methods():
-    """Every method of the field."""
-    for module in pkgutil.iter_modules(miniature.peft.__path__):
-        importlib.import_module(f"miniature.peft.{module.name}")
-    found, todo = [], [Method]
-    while todo:
-        kind = todo.pop()
-        todo += kind.__subclasses__()
-        if kind is not Method and kind.__module__.startswith("miniature."):
-            found.append(kind)
-    return sorted(found, key=lambda kind: (kind.__module__, kind.__qualname__))
-
-
 def make(kind):
     """A small instance of a method."""
     names = kind.__init__.__code__.co_varnames[: kind.__init__.__code__.co_argcount]
@@ -86,7 +72,8 @@ def models(kind):
     return found
 
 
-CASES = [(kind, build) for kind in all_methods() for build in models(kind)]
+METHODS = kinds(miniature.peft, Method)
+CASES = [(kind, build) for kind in METHODS for build in models(kind)]
 EVERY = pytest.mark.parametrize(
     "kind, build", CASES, ids=[f"{k.__name__}-{b.__name__}" for k, b in CASES]
 )
@@ -235,5 +222,5 @@ def test_the_gpu_agrees_with_the_cpu(kind, build):
 
 
 def test_every_method_is_tried():
-    assert {k for k, _ in CASES} == set(all_methods())
-    assert not any(isinstance(k, nn.Module) for k in all_methods())
+    assert {k for k, _ in CASES} == set(METHODS)
+    assert not any(isinstance(k, nn.Module) for k in METHODS)

@@ -1,12 +1,11 @@
 """One contract over all learners, environments that cannot be fooled, and streams."""
 
-import importlib
 import math
-import pkgutil
 
 import numpy as np
 import pytest
 import torch
+from kinds import kinds
 
 import miniature.theory
 from miniature.theory.bandits import (
@@ -24,19 +23,7 @@ from miniature.theory.bandits import (
 )
 
 SEEDS, K, T = [3, 5, 8], 4, 60
-
-
-def all_learners():
-    """Every learner of the field, with its defaults."""
-    for module in pkgutil.iter_modules(miniature.theory.__path__):
-        importlib.import_module(f"miniature.theory.{module.name}")
-    found, todo = [], [Learner]
-    while todo:
-        kind = todo.pop()
-        todo += kind.__subclasses__()
-        if kind not in (Learner, Fixed) and kind.__module__.startswith("miniature."):
-            found.append(kind)
-    return sorted(found, key=lambda kind: kind.__qualname__)
+LEARNERS = [k for k in kinds(miniature.theory, Learner) if k is not Fixed]
 
 
 def means(seeds=SEEDS, k=K):
@@ -63,7 +50,7 @@ def played(kind, name, seeds=SEEDS, device="cpu"):
 
 
 @pytest.mark.parametrize("name", ["arms", "table"])
-@pytest.mark.parametrize("kind", all_learners())
+@pytest.mark.parametrize("kind", LEARNERS)
 def test_contract(kind, name):
     """Probabilities; same seed, same run; a run does not depend on its neighbors."""
 
@@ -89,7 +76,7 @@ def test_contract(kind, name):
     assert (play(kind(), one).regret == 0).all()  # with one arm there is nothing to regret
 
 
-@pytest.mark.parametrize("kind", all_learners())
+@pytest.mark.parametrize("kind", LEARNERS)
 def test_the_loss_of_an_arm_not_played_does_not_matter(kind):
     env, first = played(kind, "table")
     hidden = torch.rand(env.losses.shape, dtype=torch.float64)
@@ -99,7 +86,7 @@ def test_the_loss_of_an_arm_not_played_does_not_matter(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", all_learners())
+@pytest.mark.parametrize("kind", LEARNERS)
 def test_the_gpu_agrees_with_the_cpu(kind):
     _, cpu = played(kind, "table")
     _, gpu = played(kind, "table", device="cuda")
