@@ -251,6 +251,46 @@ def test_solutions_are_scipys_and_hock_and_schittkowskis(p):
     assert slsqp.fun == pytest.approx(p.best, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["HS7", "HS39", "HS77"])
+def test_whole_runs_are_the_papers_loop(name):
+    """Exact solves; everything else of steps 1 to 6 by autograd and numpy."""
+    p = ALL[name]
+    x = torch.tensor(p.x0, dtype=DOUBLE)
+    n, m = len(x), len(p.F(x[:, None])) - 1
+    v, eta1, eta2, sizes = torch.cat([x, torch.zeros(m, dtype=DOUBLE)]), 1.0, 0.1, []
+
+    def values(x):
+        return torch.stack([u[0] for u in p.F(x[:, None])])
+
+    def lagrangian(v):
+        F = values(v[:n])
+        return F[0] + v[n:] @ F[1:]
+
+    def merit(v):
+        DL = torch.func.grad(lagrangian)(v)
+        return lagrangian(v) + eta1 / 2 * DL[n:] @ DL[n:] + eta2 / 2 * DL[:n] @ DL[:n]
+
+    for _ in range(100):
+        DL, K = torch.func.grad(lagrangian)(v), torch.func.hessian(lagrangian)(v)
+        sizes.append(float(DL.norm()))
+        if sizes[-1] <= 1e-4:
+            break
+        H, G = K[:n, :n].clone(), K[n:, :n]
+        K[n:, n:] = 0
+        Z = torch.linalg.svd(G)[2][m:].T
+        if float(torch.linalg.eigvalsh(Z.T @ H @ Z).min()) < 1e-6:
+            K[:n, :n] += (0.1 + torch.linalg.matrix_norm(H, 2)) * torch.eye(n, dtype=DOUBLE)
+        z = -torch.linalg.solve(K, DL)
+        while (slope := float(torch.func.grad(merit)(v) @ z)) > -eta2 / 2 * sizes[-1] ** 2:
+            eta1, eta2 = eta1 * 1.5**2, eta2 / 1.5
+        alpha = 1.0
+        while float(merit(v + alpha * z)) > float(merit(v)) + 0.1 * alpha * slope:
+            alpha /= 2
+        v = v + alpha * z
+    r = minimize(p, AdaSketchNewton("exact", [0]), torch.tensor([p.x0], dtype=DOUBLE))
+    assert np.allclose(r.kkt[0], sizes, rtol=1e-6, atol=1e-8)
+
+
 def test_every_step_descends_and_satisfies_armijo():
     p = ALL["HS77"]
     x = torch.tensor([p.x0], dtype=DOUBLE)
@@ -278,9 +318,9 @@ def test_every_step_descends_and_satisfies_armijo():
 def test_runs_do_not_touch_each_other():
     p = ALL["HS39"]
     x = points(p, 3)[0]
-    both = minimize(p, AdaSketchNewton("RK", [0, 1, 2], [1, 10, 1], [1.5, 2, 3], cap=5000), x)
-    for s, (penalty, growth) in enumerate([(1, 1.5), (10, 2), (1, 3)]):
-        one = minimize(p, AdaSketchNewton("RK", [s], penalty, growth, cap=5000), x[s : s + 1])
+    both = minimize(p, AdaSketchNewton("RK", [0, 1, 2], [1, 10, 0.1], cap=5000), x)
+    for s, penalty in enumerate([1, 10, 0.1]):
+        one = minimize(p, AdaSketchNewton("RK", [s], penalty, cap=5000), x[s : s + 1])
         assert np.allclose(one.x, both.x[s], atol=1e-6) and one.evals[0] == both.evals[s]
 
 
@@ -290,14 +330,83 @@ def test_rivals_reach_the_same_solution(name):
     x = torch.tensor([p.x0] * 2, dtype=DOUBLE)
     ours = minimize(p, AdaSketchNewton("exact", [0, 1], floor=1e-2), x)
     rivals = [
-        al.AugmentedLagrangian(2, penalty=10.0), al.GmresSQP(2, floor=1e-2),
-    ]  # fmt: skip
+        al.AugmentedLagrangian(2, penalty=10.0),
+        al.GmresSQP(2, floor=1e-2),
+        al.GmresSQP(2, adaptive=False, floor=1e-2),
+    ]
     for method in rivals:
         r = minimize(p, method, x)
         assert ours.solved.all() and r.solved.all()
         best, value = float(p.first(ours.x)[0][0, 0]), p.first(r.x)[0]
         assert float((value[:, 0] - best).abs().max()) < 1e-3
         assert float(value[:, 1:].abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("penalty", [0.001, 10.0])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_gmres_direction_is_good_by_its_rule_and_descends(adaptive, penalty):
+    p = ALL["HS77"]
+    x, lam = points(p)
+    F, J = p.first(x)
+    method = al.GmresSQP(3, penalty, adaptive)
+    z, slope, _ = method.direction(0, np.arange(3), F, J, p.hessian(x, lam), lam)
+    DL, (B, K) = al.kkt(F, J, lam), al.kkt_matrix(p.hessian(x, lam), J[:, 1:])
+    g, G, c = J[:, 0], J[:, 1:], F[:, 1:]
+    for s in range(3):
+        mu, d = method.mu[s], z[s, :5]
+        was, to = (float(v.abs().sum()) for v in (c[s], c[s] + G[s] @ d))
+        cost = float(g[s] @ d + (d @ B[s] @ d / 2).clamp(min=0))
+        moves = round(np.log(mu / penalty) / np.log(1.5))
+        if adaptive:
+            assert mu == pytest.approx(penalty * 1.5**moves)
+            assert method.kappa[s] == pytest.approx(0.1 / 1.5 ** (2 * moves))
+        else:
+            assert mu >= penalty and method.kappa[s] == 0.1
+        accuracy = method.kappa[s] * float(DL[s].norm())
+        assert float((K[s] @ z[s] + DL[s]).norm()) <= accuracy * (1 + 1e-9)
+        assert mu * (was - to) - cost >= 0.09 * mu * max(was, to - was) * (1 - 1e-9)
+        assert float(slope[s]) == pytest.approx(float(g[s] @ d) - mu * (was - to)) and slope[s] < 0
+        merit = float(method.merit([s], F[s : s + 1], J, lam))
+        assert merit == pytest.approx(float(F[s, 0]) + mu * was)
+
+
+def test_the_augmented_lagrangian_is_a_plain_loop():
+    p = ALL["HS79"]
+    x, lam = torch.tensor(p.x0, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
+    mu, tau, mine = 10.0, 0.1, []
+
+    def value(v):
+        f, *c = [u[0] for u in p.F(v[:, None])]
+        c = torch.stack(c)
+        return f + lam @ c + mu / 2 * c @ c, c
+
+    evals = 4
+    for _ in range(200):
+        g = torch.func.jacrev(lambda v: value(v)[0])(x)
+        c = value(x)[1]
+        while float(g.norm()) <= tau:  # new multipliers: then DL has the gradient just left
+            G = torch.func.jacrev(lambda v: value(v)[1])(x)
+            grad_f = g - G.T @ (lam + mu * c)
+            if float(torch.cat([grad_f + G.T @ lam, c]).norm()) <= 1e-4:
+                break
+            lam, mu, tau = lam + mu * c, mu * 1.5, tau / 10
+            g = torch.func.jacrev(lambda v: value(v)[0])(x)
+        G = torch.func.jacrev(lambda v: value(v)[1])(x)
+        grad_f = g - G.T @ (lam + mu * c)
+        mine.append(float(torch.cat([grad_f + G.T @ lam, c]).norm()))
+        if mine[-1] <= 1e-4:
+            break
+        A = torch.func.hessian(lambda v: value(v)[0])(x)
+        low = float(torch.linalg.eigvalsh(A)[0])
+        z = -torch.linalg.solve(
+            A + (0.1 - low if low < 1e-6 else 0) * torch.eye(5, dtype=DOUBLE), g
+        )
+        alpha, now = 1.0, float(value(x)[0])
+        while float(value(x + alpha * z)[0]) > now + 0.1 * alpha * float(g @ z):
+            alpha, evals = alpha / 2, evals + 2
+        x, evals = x + alpha * z, evals + 4
+    r = minimize(p, al.AugmentedLagrangian(1, 10.0), torch.tensor([p.x0], dtype=DOUBLE))
+    assert np.allclose(r.kkt[0], mine, rtol=1e-6, atol=1e-8) and r.evals[0] == evals
 
 
 def test_gmres_solves_in_n_steps_and_stops_at_the_tolerance():
@@ -330,8 +439,8 @@ def test_bad_input():
         AdaSketchNewton("LU", [0])
     with pytest.raises(ValueError, match=r"between 0 and 1/2, got 0\.5"):
         AdaSketchNewton("RK", [0], beta=0.5)
-    with pytest.raises(ValueError, match=r"growth > 1, got 1\.0 and 1"):
-        AdaSketchNewton("RK", [0], growth=1)
+    with pytest.raises(ValueError, match=r"nu > 1, got 1\.0 and 1"):
+        AdaSketchNewton("RK", [0], nu=1)
     with pytest.raises(ValueError, match=r"x must be float64 \[S, 2\], got torch.float32 \[1, 3\]"):
         minimize(ALL["HS6"], AdaSketchNewton("RK", [0]), torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"labels -1 or 1"):

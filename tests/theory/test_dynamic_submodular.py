@@ -1,5 +1,7 @@
 """Dynamic submodular maximization: invariants after every update, laws and counts, plainly."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -220,6 +222,41 @@ def test_the_size_of_a_batch_and_what_finding_it_costs():
     d = ds.Dynamic(twins, 4, eps=0.2, guesses=[20.0], trials=4000, seed=3)
     d.play(np.arange(17) + 1)
     assert d.play([18]).queries[0] == 1 + 2 * 4000 + 1  # f(v), the tests, f(G)
+
+
+def test_a_batch_keeps_the_gain_of_its_band():
+    """All share three items: only one gains 6, then four at once gain 3 (tau = 1) each."""
+    rows = torch.cat([torch.eye(20).repeat_interleave(3, 1), torch.ones(20, 3)], 1).double()
+    d = ds.Dynamic(Coverage(rows), 5, guesses=[10.0], trials=20)
+    d.play(np.arange(20) + 1)
+    R, S = snapshot(d, 0)
+    assert [len(p) for p in S] == [1, 4] and len(R[1]) == 19
+    # |S_i| / |R_i| at a deletion: of an element in no S_i, then of S_1's.
+    out = d.play([-min(R[1] - set(S[1])) - 1, -S[0][0] - 1])
+    assert out.hit[:, 0].tolist() == [False, True]
+    np.testing.assert_allclose(out.chance[:, 0], [1 / 20 + 4 / 19, 1 / 19])
+    np.testing.assert_allclose(out.total[:, 0], [1 / 20 + 4 / 19, 1 / 19 + 4 / 18])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_batches_are_uniform(k):
+    """The fifth insertion builds level 1 again: every ordered choice of k of 5 is as likely."""
+    apart = Coverage(torch.eye(5).repeat_interleave(3, 1).double())
+    d = ds.Dynamic(apart, k, guesses=[3.0 * k] * 20_000, trials=1, seed=4)
+    d.play(np.arange(5) + 1)
+    found = np.bincount(d.levels.picks @ 5 ** np.arange(k), minlength=5**k)
+    found = found[found > 0]
+    assert len(found) == (5, 20)[k - 1] and chisquare(found).pvalue > 1e-3
+
+
+def test_a_draw_is_an_ordered_sample():
+    found, s = np.zeros((5, 5)), SimpleNamespace(rng=np.random.default_rng(0))
+    for _ in range(4000):
+        B = np.arange(5)
+        ds.draw.py_func(s, B, 2)
+        found[B[0], B[1]] += 1
+    assert not found.diagonal().any()
+    assert chisquare(found[~np.eye(5, dtype=bool)]).pvalue > 1e-3
 
 
 def test_lazy_insertions_of_batches():

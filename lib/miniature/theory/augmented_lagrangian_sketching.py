@@ -23,7 +23,7 @@ decides everything: if DL_eta' z > -eta_2/2 |DL|^2, then eta_1 <- nu^2 eta_1, et
 delta <- delta / nu^4, and the *same* solve continues; then Armijo's rule on L_eta gives the step.
 
 Rivals: the same with an exact solve; the classical augmented Lagrangian; SQP with GMRES on the
-merit function f + mu |c|_1, with an adaptive accuracy.
+merit function f + mu |c|_1, with a plain and with an adaptive rule for the accuracy.
 
 Runs (seeds, hyperparameters) are a leading axis of torch tensors. The linear solvers are compiled
 by numba, on the CPU: a row action is some ten operations that need the ones before; as tensor
@@ -180,8 +180,18 @@ def direction(K, DL, p, eta, scale, room, theta, nu, cap, solver, law, rng):
         eta[2] = max(min(eta[2] / nu**4, bound), 1e-6)
 
 
+def gather(found):
+    """[(z, slope, steps) of each run] -> z [R, n + m], slope [R], steps [R]."""
+    z, slope, steps = (np.array(v) for v in zip(*found))
+    return torch.tensor(z), torch.tensor(slope), steps
+
+
 class Method:
-    """What `minimize` asks of a method; `direction` and `merit` have no default."""
+    """What `minimize` asks of a method; `direction` and `merit` have no default.
+
+    `rows` are the runs that F, J, H, lam belong to. `direction` returns z [R, n + m], the slope of
+    the merit function along it [R] and the steps of its linear solver [R].
+    """
 
     trial_cost, step_cost, beta = 2, 2, 0.1  # a trial needs f and c, a new point also gradients
 
@@ -206,58 +216,58 @@ class AdaSketchNewton(Method):
     solver : {"RK", "GV", "exact"}
     seeds : sequence of int, length S
         Of the sketches.
-    penalty, growth : float or array [S]
-        eta_1 at the start, and nu.
+    penalty : float or array [S]
+        eta_1 at the start.
     theta : float or callable
         Accuracy; callable: of the outer iteration k and |DL|.
     psi : float
         The factor in Psi, 20 in the authors' code.
+    nu, eta2, delta, xi_B, beta : float
+        The paper's constants (eta_2 and delta at the start).
+    floor : float
+        B is shifted where the reduced Hessian is not above it.
+    cap : int
+        Row actions of one solve, at most.
     """
 
     trial_cost, step_cost = 4, 0  # L_eta asks for f, c, grad f and G, so that a step costs no more
 
     def __init__(
-        self, solver, seeds, penalty=1.0, growth=1.5, theta=1.0, psi=20.0, eta2=0.1, delta=0.1,
+        self, solver, seeds, penalty=1.0, theta=1.0, psi=20.0, nu=1.5, eta2=0.1, delta=0.1,
         xi_B=0.1, beta=0.1, floor=1e-6, cap=10**5,
     ):  # fmt: skip
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {list(SOLVERS)}, got {solver!r}")
         if not 0 < beta < 0.5:
             raise ValueError(f"beta must lie between 0 and 1/2, got {beta}")
-        S = len(seeds)
-        self.nu = np.broadcast_to(np.asarray(growth, float), S)
-        if (self.nu <= 1).any() or np.min(penalty) <= 0:
-            raise ValueError(f"needs penalty > 0 and growth > 1, got {penalty} and {growth}")
-        self.eta = np.stack([np.broadcast_to(v, S) for v in (penalty, eta2, delta)], 1).astype(
-            float
-        )
+        if nu <= 1 or np.min(penalty) <= 0:
+            raise ValueError(f"needs penalty > 0 and nu > 1, got {penalty} and {nu}")
+        self.eta = np.empty((len(seeds), 3))
+        self.eta[:, 0], self.eta[:, 1:] = penalty, (eta2, delta)
         self.rng = [np.random.default_rng([s, 3]) for s in seeds]
         self.theta = theta if callable(theta) else lambda k, size: theta
-        self.solver, self.psi, self.xi_B, self.beta = solver, psi, xi_B, beta
-        self.floor, self.cap = floor, cap
+        self.solver, self.psi, self.nu, self.xi_B = SOLVERS[solver], psi, nu, xi_B
+        self.beta, self.floor, self.cap = beta, floor, cap
 
     def direction(self, k, rows, F, J, H, lam):
         DL, G = kkt(F, J, lam), J[:, 1:]
         B, K = kkt_matrix(H, G, self.xi_B, self.floor)
         squares = torch.linalg.eigvalsh(G @ G.mT)  # of the singular values of G
-        xi_G = squares[:, 0].clamp(min=1e-12)
-        psi = (
-            self.psi * spectral_norm(B).clamp(min=1) ** 2 / (xi_G.clamp(max=1) * min(self.xi_B, 1))
-        )
+        xi = squares[:, 0].clamp(1e-12, 1) * min(self.xi_B, 1)
+        psi = self.psi * spectral_norm(B).clamp(min=1) ** 2 / xi
         upsilon = torch.maximum(squares[:, -1] ** 0.5, spectral_norm(H)).clamp(min=1)
         room = (0.5 - self.beta) / (upsilon * psi) ** 2
         scale, p = spectral_norm(K) * psi, merit_gradient(DL, H, G)
         law = np.arange(1, K.shape[1] + 1) / K.shape[1]  # uniform, as in the authors' code
-        z, slope, steps = [], [], []
-        for i, s in enumerate(rows):
-            out = direction(
+        found = [
+            direction(
                 K[i].numpy(), DL[i].numpy(), p[i].numpy(), self.eta[s], scale[i].item(),
-                room[i].item(), self.theta(k, DL[i].norm().item()), self.nu[s], self.cap,
-                SOLVERS[self.solver], law, self.rng[s],
-            )  # fmt: skip
-            for kept, value in zip((z, slope, steps), out):
-                kept.append(value)
-        return torch.tensor(np.stack(z)), torch.tensor(np.array(slope)), np.array(steps)
+                room[i].item(), self.theta(k, DL[i].norm().item()), self.nu, self.cap, self.solver,
+                law, self.rng[s],
+            )
+            for i, s in enumerate(rows)
+        ]  # fmt: skip
+        return gather(found)
 
     def merit(self, rows, F, J, lam):
         return merit(F, J, lam, *torch.tensor(self.eta[rows, :2]).T)
@@ -340,14 +350,13 @@ def sketch_step(K, b, z, S):
 
 
 class AugmentedLagrangian(Method):
-    """min over x of f + lambda' c + mu/2 |c|^2 to accuracy tau; lambda += mu c; mu *= growth.
+    """min over x of f + lambda' c + mu/2 |c|^2 to accuracy tau; lambda += mu c; mu *= nu.
 
     The inner steps are Newton's, with the Hessian's spectrum lifted where it is not positive.
     """
 
-    def __init__(self, S, penalty=1.0, growth=1.5):
-        self.mu = torch.as_tensor(penalty, dtype=torch.float64).expand(S).clone()
-        self.growth = torch.as_tensor(growth, dtype=torch.float64).expand(S)
+    def __init__(self, S, penalty=1.0, nu=1.5):
+        self.mu, self.nu = torch.tensor(np.broadcast_to(penalty, S).astype(float)), nu
         self.tau = torch.full((S,), 0.1, dtype=torch.float64)
 
     def weights(self, rows, F, lam):
@@ -364,7 +373,7 @@ class AugmentedLagrangian(Method):
             if not len(s):
                 return lam
             lam[s] = self.weights(s, F[s], lam[s])
-            self.mu[s] *= self.growth[s]
+            self.mu[s] *= self.nu
             self.tau[s] *= 0.1
 
     def direction(self, k, rows, F, J, H, lam):
@@ -414,114 +423,96 @@ def gmres(K, b, tol):
 
 
 class GmresSQP(Method):
-    """SQP on f + mu |c|_1, directions by GMRES to |r| <= kappa |DL| (Byrd, Curtis, Nocedal 2008).
+    """SQP on f + mu |c|_1, directions by GMRES (Byrd, Curtis and Nocedal 2008).
 
-    If the merit function's model is not reduced enough, mu *= growth, kappa /= growth^2, and the
-    solve continues.
+    With r = (r_x, r_c) the residual of the KKT system, a direction is good if the model of the
+    merit function is reduced enough and |r| <= kappa |DL|. If not, the solve continues:
+
+    - adaptive: mu *= nu, kappa /= nu^2, for good;
+    - plain: with a tenth of the accuracy, for this direction only. It is good, too, without a
+      reduction if |r_x| <= |c| / 10 and |r_c| <= b |c|; then mu is raised as far as needed.
     """
 
-    def __init__(self, S, penalty=1.0, growth=1.5, floor=1e-6):
-        self.mu = np.broadcast_to(np.asarray(penalty, float), S).copy()
-        self.kappa = np.full(S, 0.1)
-        self.growth = np.broadcast_to(np.asarray(growth, float), S)
-        self.beta, self.floor = 1e-8, floor
+    def __init__(self, S, penalty=1.0, adaptive=True, nu=1.5, floor=1e-6):
+        self.mu = np.broadcast_to(penalty, S).astype(float)
+        self.kappa, self.b = np.full(S, 0.1), np.ones(S)
+        self.adaptive, self.nu, self.beta, self.floor = adaptive, nu, 1e-8, floor
 
     def direction(self, k, rows, F, J, H, lam):
         B, K = (v.numpy() for v in kkt_matrix(H, J[:, 1:], floor=self.floor))
         DL, g, G, c = (v.numpy() for v in (kkt(F, J, lam), J[:, 0], J[:, 1:], F[:, 1:]))
-        n, out, slopes, steps = J.shape[2], [], [], []
-        for i, s in enumerate(rows):
-            z, t, size = np.zeros(K.shape[1]), 0, np.linalg.norm(DL[i])
-            while True:
-                more = gmres(K[i], -DL[i] - K[i] @ z, self.kappa[s] * size)
-                z, t, x = z + more[0], t + more[1], (z + more[0])[:n]
-                was, to = np.abs(c[i]).sum(), np.abs(c[i] + G[i] @ x).sum()
-                cost = g[i] @ x + max(x @ B[i] @ x / 2, 0)
-                if self.mu[s] * (was - to) - cost >= 0.09 * self.mu[s] * max(was, to - was):
+        return gather([self.solve(k, s, *v) for s, *v in zip(rows, K, B, DL, g, G, c)])
+
+    def solve(self, k, s, K, B, DL, g, G, c):
+        """z, the slope of the merit function along it and the steps of run s."""
+        n, z, steps, kappa = len(g), np.zeros(len(DL)), 0, self.kappa[s]
+        was, size = np.abs(c).sum(), np.linalg.norm(DL)
+        if k == 0:
+            self.b[s] = max(np.abs(DL[:n]).sum() / (was + 1), 1)
+        while True:
+            more, t = gmres(K, -DL - K @ z, kappa * size)
+            z, steps = z + more, steps + t
+            d = z[:n]
+            to = np.abs(c + G @ d).sum()
+            cost = g @ d + max(d @ B @ d / 2, 0)
+            least = 0.09 * self.mu[s] * max(was, to - was)
+            reduced = self.mu[s] * (was - to) - cost >= least
+            if self.adaptive:
+                if reduced or self.mu[s] > 1e8:
                     break
-                if self.mu[s] > 1e8:
-                    break
-                self.mu[s] *= self.growth[s]
-                self.kappa[s] /= self.growth[s] ** 2
-            out.append(z)
-            slopes.append(g[i] @ x - self.mu[s] * (was - to))
-            steps.append(t)
-        return torch.tensor(np.stack(out)), torch.tensor(np.array(slopes)), np.array(steps)
+                self.mu[s] *= self.nu
+                self.kappa[s] = kappa = kappa / self.nu**2
+                continue
+            r_x, r_c = (np.linalg.norm(v) for v in np.split(K @ z + DL, [n]))
+            allowed = self.b[s] * np.linalg.norm(c)
+            feasible = r_x <= 0.1 * np.linalg.norm(c) and r_c <= allowed
+            reduced = reduced and r_c <= max(0.1 * np.linalg.norm(DL[:n]), allowed)
+            if reduced or feasible or kappa < 1e-12:
+                break
+            kappa /= 10
+        if not self.adaptive and not reduced and to < was:
+            self.mu[s] = max(self.mu[s], cost / (0.9 * (was - to))) + 1e-4
+        return z, g @ d - self.mu[s] * (was - to), steps
 
     def merit(self, rows, F, J, lam):
         return F[:, 0] + torch.tensor(self.mu[rows]) * F[:, 1:].abs().sum(1)
 
 
-# Problems. Each takes the coordinates x [n, S] and gives (f, c_1, ..., c_m), each [S].
-
-
-def _hs6(x):
-    a, b = x
-    return (1 - a) ** 2, 10 * (b - a**2)
-
-
-def _hs7(x):
-    a, b = x
-    return torch.log(1 + a**2) - b, (1 + a**2) ** 2 + b**2 - 4
-
-
-def _hs26(x):
-    a, b, c = x
-    return (a - b) ** 2 + (b - c) ** 4, (1 + b**2) * a + c**4 - 3
-
-
-def _hs27(x):
-    a, b, c = x
-    return 0.01 * (a - 1) ** 2 + (b - a**2) ** 2, a + c**2 + 1
-
-
-def _hs28(x):
-    a, b, c = x
-    return (a + b) ** 2 + (b + c) ** 2, a + 2 * b + 3 * c - 1
-
-
-def _hs39(x):
-    a, b, c, d = x
-    return -a, b - a**3 - c**2, a**2 - b - d**2
-
-
-def _hs40(x):
-    a, b, c, d = x
-    return -a * b * c * d, a**3 + b**2 - 1, a**2 * d - c, d**2 - b
-
-
-def _hs42(x):
-    a, b, c, d = x
-    f = (a - 1) ** 2 + (b - 2) ** 2 + (c - 3) ** 2 + (d - 4) ** 2
-    return f, a - 2, c**2 + d**2 - 2
-
-
-def _hs77(x):
-    a, b, c, d, e = x
-    f = (a - 1) ** 2 + (a - b) ** 2 + (c - 1) ** 2 + (d - 1) ** 4 + (e - 1) ** 6
-    return f, a**2 * d + torch.sin(d - e) - 2 * 2**0.5, b + c**4 * d**2 - 8 - 2**0.5
-
-
-def _hs79(x):
-    a, b, c, d, e = x
-    f = (a - 1) ** 2 + (a - b) ** 2 + (b - c) ** 2 + (c - d) ** 4 + (d - e) ** 4
-    return f, a + b**2 + c**3 - 2 - 3 * 2**0.5, b - c**2 + d + 2 - 2 * 2**0.5, a * e - 2
+# Problems
 
 
 def hock_schittkowski():
     """Ten problems of Hock and Schittkowski (1981), with their starts and optimal values."""
-    return [
-        Problem("HS6", _hs6, [-1.2, 1], 0.0),
-        Problem("HS7", _hs7, [2, 2], -(3**0.5)),
-        Problem("HS26", _hs26, [-2.6, 2, 2], 0.0),
-        Problem("HS27", _hs27, [2, 2, 2], 0.04),
-        Problem("HS28", _hs28, [-4, 1, 1], 0.0),
-        Problem("HS39", _hs39, [2, 2, 2, 2], -1.0),
-        Problem("HS40", _hs40, [0.8, 0.8, 0.8, 0.8], -0.25),
-        Problem("HS42", _hs42, [1, 1, 1, 1], 28 - 10 * 2**0.5),
-        Problem("HS77", _hs77, [2, 2, 2, 2, 2], 0.24150513),
-        Problem("HS79", _hs79, [2, 2, 2, 2, 2], 0.0787768209),
+    two = 2**0.5
+    # fmt: off
+    table = [
+        ("HS6", [-1.2, 1], 0, lambda a, b: ((1 - a)**2, 10 * (b - a**2))),
+        ("HS7", [2, 2], -(3**0.5),
+         lambda a, b: (torch.log(1 + a**2) - b, (1 + a**2)**2 + b**2 - 4)),
+        ("HS26", [-2.6, 2, 2], 0,
+         lambda a, b, c: ((a - b)**2 + (b - c)**4, (1 + b**2) * a + c**4 - 3)),
+        ("HS27", [2, 2, 2], 0.04,
+         lambda a, b, c: (0.01 * (a - 1)**2 + (b - a**2)**2, a + c**2 + 1)),
+        ("HS28", [-4, 1, 1], 0,
+         lambda a, b, c: ((a + b)**2 + (b + c)**2, a + 2 * b + 3 * c - 1)),
+        ("HS39", [2] * 4, -1,
+         lambda a, b, c, d: (-a, b - a**3 - c**2, a**2 - b - d**2)),
+        ("HS40", [0.8] * 4, -0.25,
+         lambda a, b, c, d: (-a * b * c * d, a**3 + b**2 - 1, a**2 * d - c, d**2 - b)),
+        ("HS42", [1] * 4, 28 - 10 * two,
+         lambda a, b, c, d: ((a - 1)**2 + (b - 2)**2 + (c - 3)**2 + (d - 4)**2,
+                             a - 2, c**2 + d**2 - 2)),
+        ("HS77", [2] * 5, 0.24150513,
+         lambda a, b, c, d, e: ((a - 1)**2 + (a - b)**2 + (c - 1)**2 + (d - 1)**4 + (e - 1)**6,
+                                a**2 * d + torch.sin(d - e) - 2 * two,
+                                b + c**4 * d**2 - 8 - two)),
+        ("HS79", [2] * 5, 0.0787768209,
+         lambda a, b, c, d, e: ((a - 1)**2 + (a - b)**2 + (b - c)**2 + (c - d)**4 + (d - e)**4,
+                                a + b**2 + c**3 - 2 - 3 * two,
+                                b - c**2 + d + 2 - 2 * two, a * e - 2)),
     ]
+    # fmt: on
+    return [Problem(name, lambda x, f=f: f(*x), x0, best) for name, x0, best, f in table]
 
 
 def logistic(X, y, m=5, seed=0):

@@ -60,8 +60,9 @@ Levels = namedtuple(
     "Levels",
     "f tau cap R pos gain size built picks start top ones real value count live rng k eps trials",
 )
-# Functions that only compiled code calls: without entry points for others they compile faster.
-INNER = {"cache": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# The order of a sum is free, so that it can be vectorized; no C entry point, to compile faster.
+OUTER = {"cache": True, "fastmath": {"reassoc", "contract"}, "no_cfunc_wrapper": True}
+INNER = OUTER | {"no_cpython_wrapper": True}  # only compiled code calls it
 ADAPTIVE = 0  # delete the solution's first element; +(v + 1) inserts, -(v + 1) deletes
 
 
@@ -74,7 +75,7 @@ def _popcount(typing, x):
     return types.uint64(types.uint64), lambda ctx, builder, sig, args: builder.ctpop(args[0])
 
 
-@njit(**INNER, fastmath={"reassoc", "contract"})  # lets the sum be vectorized, no more
+@njit(inline="always")  # a call would cost more than the sum
 def _gain(f, v, ones, real):
     """f(v | G) from the joined rows of G: ones [w], real [m]."""
     count, total = np.uint64(0), 0.0
@@ -146,6 +147,15 @@ def clear(s, c, i):
 
 
 @njit(**INNER)
+def begin(s, c, i):
+    """G_i = G_{i-1}: copy the joined rows (in loops: assigned slices take seconds to compile)."""
+    for j in range(s.ones.shape[2]):
+        s.ones[c, i, j] = s.ones[c, i - 1, j]
+    for j in range(s.real.shape[2]):
+        s.real[c, i, j] = s.real[c, i - 1, j]
+
+
+@njit(**INNER)
 def draw(s, B, m):
     """Move a uniform sample of size m to the front of B."""
     for j in range(m):
@@ -172,7 +182,7 @@ def sample_size(s, c, i, B, edge):
         m, kept = (low + high + 1) // 2, 0
         for _ in range(s.trials):
             draw(s, B, m)
-            s.ones[c, i], s.real[c, i] = s.ones[c, i - 1], s.real[c, i - 1]
+            begin(s, c, i)
             for v in B[: m - 1]:
                 _join(s.f, v, s.ones[c, i], s.real[c, i])
             kept += query(s, c, i, B[m - 1]) >= edge
@@ -197,9 +207,9 @@ def construct(s, c, i, first):
             B[0] = first if first >= 0 else s.R[c, i, int(s.rng.random() * s.size[c, i])]
             first = -1
         a = s.start[c, i]
-        s.ones[c, i], s.real[c, i] = s.ones[c, i - 1], s.real[c, i - 1]  # G_i = G_{i-1} + S_i
+        begin(s, c, i)
         s.value[c, i] = s.value[c, i - 1]
-        for j in range(m):
+        for j in range(m):  # G_i = G_{i-1} + S_i
             s.picks[c, a + j] = B[j]
             s.value[c, i] += _gain(s.f, B[j], s.ones[c, i], s.real[c, i])
             _join(s.f, B[j], s.ones[c, i], s.real[c, i])
@@ -252,8 +262,9 @@ def delete(s, c, v):
         if s.pos[c, i, v] >= 0:
             chance += len(S) / s.size[c, i]
             leave(s, c, i, v)
-            if (S == v).any():
-                hit = i
+            for u in S:
+                if u == v:
+                    hit = i
     return hit, chance, total
 
 
@@ -269,7 +280,7 @@ def best_copy(s):
     return best
 
 
-@njit(cache=True, no_cfunc_wrapper=True)
+@njit(**OUTER)
 def _play(s, stream, value, queries, element, hit, chance, total):
     for t in range(len(stream)):
         before, op, gain = s.count[0], stream[t], 0.0
@@ -405,7 +416,7 @@ def _checked(stream, live):
 # The rival.
 
 
-@njit(cache=True, no_cfunc_wrapper=True)
+@njit(**OUTER)
 def _sieve(f, tau, cap, k, stream, value, queries, element, hit):
     C, n = len(tau), len(f.ones)
     order, known = np.empty(n, np.int64), 0  # live elements by arrival
@@ -421,14 +432,18 @@ def _sieve(f, tau, cap, k, stream, value, queries, element, hit):
             queries[t] += 1
             known += 1
         else:
-            order[: known - 1] = order[:known][order[:known] != v]
-            known -= 1
+            kept = 0
+            for u in order[:known]:
+                if u != v:
+                    order[kept] = u
+                    kept += 1
+            known = kept
         for c in range(C):
             begin = known - 1 if stream[t] > 0 else known
             if stream[t] < 0 and (picks[c, : size[c]] == v).any():
                 hit[t, c], begin = True, 0  # one more pass over all that is live
                 size[c], total[c] = 0, 0.0
-                ones[c], real[c] = ones[C], real[C]
+                ones[c], real[c] = 0, 0
             for u in order[begin:known]:
                 if size[c] == k:
                     break
