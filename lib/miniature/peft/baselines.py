@@ -76,7 +76,7 @@ class LoRA(Method):
         super().__init__(targets)
         if rank < 1 or (room or rank) < rank:
             raise ValueError(f"needs 1 <= rank <= room, got rank {rank} and room {room}")
-        self.rank, self.room = rank, room or rank
+        self.rank, self.room = rank, room
         self.alpha = rank if alpha is None else alpha
         self.s = self.alpha / (math.sqrt(rank) if stable else rank)
 
@@ -91,7 +91,7 @@ class LoRA(Method):
 
     def init(self, layer):
         B, A = self.factors(layer)
-        more = self.room - self.rank
+        more = 0 if self.room is None else self.room - len(A)
         layer.parameter("A", F.pad(A, (0, 0, 0, more)))
         layer.parameter("B", F.pad(B, (0, more)))
         layer.buffer("s", torch.tensor(float(self.s), dtype=torch.float64))
