@@ -151,10 +151,15 @@ class LoRAXS(LoRA):
 
     def init(self, layer):
         U, S, Vh = svd(layer.W)
-        r = self.rank
-        layer.buffer("B", U[:, :r] * S[:r])
-        layer.buffer("A", Vh[:r])
-        layer.parameter("R", 1e-5 * torch.randn(r, r))
+        r = min(self.rank, len(S))
+        self.put(layer, U[:, :r] * S[:r], 1e-5 * torch.randn(r, r), Vh[:r])
+
+    def put(self, layer, B, R, A):
+        """Give a layer its frozen frames B [m, r] and A [r, n] and the trained R [r, r]."""
+        more = 0 if self.room is None else min(self.room, layer.m, layer.n) - len(R)
+        layer.buffer("B", F.pad(B, (0, more)))
+        layer.buffer("A", F.pad(A, (0, 0, 0, more)))
+        layer.parameter("R", F.pad(R, (0, more, 0, more)))
         layer.buffer("s", torch.tensor(float(self.s), dtype=torch.float64))
 
     def delta(self, layer):
