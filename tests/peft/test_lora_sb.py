@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -111,6 +112,40 @@ def test_training_finds_the_optimum_of_least_squares():
         target = (y[i] - x[i] @ a.W.T).flatten()[:, None]
         best = torch.linalg.lstsq(torch.stack(design, 1), target).solution.view(2, 2)
         torch.testing.assert_close(a.R.detach(), best, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [True, False])
+def test_a_run_follows_a_plain_loop(sign):
+    """The whole method in NumPy: first step, frames, and Adam on R, with s = 2."""
+    task = Regression([3], 6, 5, "gaussian", dtype=F64)
+    batches = list(task.batches(12, 20))
+    x, y = (v[0] for v in batches[0])
+    method = LoRASB(3, 0.05, (x, y), task.loss, sign=sign, alpha=6.0)
+    stack = Stack([attach(task.model(0), method)])
+    a, found = adapted(stack.module(0))["0"], []
+
+    def watch(t, stack):
+        found.append(a.W + 2 * a.B @ stack.params()["0.R"][0] @ a.A)
+
+    adam = stack.optimizer(torch.optim.AdamW, 0.02, weight_decay=0.0)
+    finetune(stack, method, task.loss, batches, adam, callback=watch)
+
+    W0 = task.W0[0].numpy()
+
+    def gradient(W, x, y):
+        return 2 * (x @ W.T - y).T @ x / len(x)
+
+    G = gradient(W0, x.numpy(), y.numpy())
+    U, S, Vh = np.linalg.svd(-0.05 * (np.sign(G) if sign else G))
+    B, A, R = U[:, :3], Vh[:3], np.diag(S[:3]) / 2
+    first = second = 0
+    for t in range(21):
+        np.testing.assert_allclose(found[t], W0 + 2 * B @ R @ A, atol=1e-10, rtol=0)
+        if t < 20:
+            g = 2 * B.T @ gradient(W0 + 2 * B @ R @ A, *(v[0].numpy() for v in batches[t])) @ A.T
+            first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
+            scale = np.sqrt(second / (1 - 0.999 ** (t + 1))) + 1e-8
+            R = R - 0.02 * first / (1 - 0.9 ** (t + 1)) / scale
 
 
 def test_runs_do_not_depend_on_s():
