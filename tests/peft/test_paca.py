@@ -271,6 +271,10 @@ def test_rows_against_the_whole_gradient():
         torch.testing.assert_close(a.P.grad, whole[f"{path}.weight"][a.idx], atol=1e-12, rtol=0)
         change = merge(model).get_submodule(path).base.weight - a.set_aside[0]
         assert torch.equal(change.abs().amax(1).nonzero()[:, 0], a.idx.sort().values)
+    base = nn.Sequential(nn.Linear(5, 9))
+    draws = torch.cat([attach(copy.deepcopy(base), Rows(4))[0].idx for _ in range(300)])
+    counts = torch.bincount(draws, minlength=9)
+    assert (counts - 300 * 4 / 9).abs().max() < 4 * (300 * 4 / 9 * 5 / 9) ** 0.5  # uniform
 
 
 def test_four_bits():
@@ -295,6 +299,7 @@ def test_qpaca_keeps_its_columns_exact():
     others = np.setdiff1d(np.arange(6), a.idx)
     torch.testing.assert_close(merged[:, a.idx], W0[:, a.idx])
     assert torch.equal(merged[:, others], nf4(W0)[:, others])
+    assert PaCA().starts_at_base and not PaCA(store=nf4).starts_at_base  # rounding moves the rest
     x = torch.randn(4, 6, dtype=F64)
     torch.testing.assert_close(merge(copy.deepcopy(model))(x), model(x))
 
