@@ -212,10 +212,11 @@ def refresh(
 
     results = _execute([job(p) for p in _chosen(slugs, field, all_papers)], _n_jobs(jobs, "auto"))
     folder = papers.root() / "notebooks"
-    for path in (*sorted(folder.glob("*/index.ipynb")), folder / "index.ipynb"):
-        if path.exists():
-            slug = path.relative_to(folder).with_suffix("").as_posix().replace("/", "-")
-            results += _execute([job(SimpleNamespace(slug=slug, field="", notebook=path))], 1)
+    indexes = []
+    for path in (*folder.glob("*/index.ipynb"), *folder.glob("index.ipynb")):
+        slug = "-".join(path.relative_to(folder).with_suffix("").parts)
+        indexes.append(SimpleNamespace(slug=slug, field="", notebook=path))
+    results += _execute([job(index) for index in indexes], 1)
     _summarize(results)
     _exit(results)
 

@@ -138,10 +138,15 @@ def outputs(nb):
         yield from cell.get("outputs", ())
 
 
-def claims(nb):
-    """Return the claims record in a notebook's outputs (the last one), or None."""
-    records = [o["data"][MIME] for o in outputs(nb) if MIME in o.get("data", {})]
+def last(nb, mime):
+    """Return the last output of a MIME type in a notebook, or None."""
+    records = [o["data"][mime] for o in outputs(nb) if mime in o.get("data", {})]
     return records[-1] if records else None
+
+
+def claims(nb):
+    """Return the claims record in a notebook's outputs, or None."""
+    return last(nb, MIME)
 
 
 def unbroken(record):

@@ -26,6 +26,11 @@ def color(name):
     return C[_index(name)]
 
 
+def kind(name):
+    """Return a method's name without its size: "LoRA" for "LoRA, r = 4"."""
+    return name.partition(",")[0].strip()
+
+
 def marker(name):
     """Return the marker that goes with `color`."""
     return MARKERS[_index(name)]
@@ -308,8 +313,8 @@ def tuning(record):
         scores = np.array([method["scores"][k] for k in labels], dtype=float)
         means = scores.mean(1)
         ax.plot(range(len(labels)), scores, color="#bbbbbb", linewidth=0.8)
-        kind = name.partition(",")[0]  # sizes of one method, "LoRA, r = 4", share its color
-        ax.plot(range(len(labels)), means, color=color(kind), marker=marker(kind))
+        own = kind(name)  # sizes of one method share its color
+        ax.plot(range(len(labels)), means, color=color(own), marker=marker(own))
         at = int(np.flatnonzero(means == best(means))[0])
         ax.plot(at, means[at], "o", markersize=13, markerfacecolor="none", color="black")
         ax.minorticks_off()

@@ -20,6 +20,8 @@ from .models.mlp import MLP
 _NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "Muon", "SparseAdam")
 # Optimizers whose update is not proportional to the learning rate.
 _NOT_LINEAR_IN_LR = ("Rprop", "ASGD")
+# Optimizers that torch can run as one kernel, on any device: up to a third of a small step.
+_FUSED = ("Adam", "AdamW")
 
 
 class Stack:
@@ -254,6 +256,8 @@ class Stack:
                 f"{kind.__name__} is not elementwise: on stacked parameters it would mix copies. "
                 "Use SGD, Adam, AdamW, RMSprop or Adagrad, or train the copies one by one"
             )
+        if kind.__name__ in _FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
+            options["fused"] = True
         rate = torch.as_tensor(lr, dtype=self.dtype, device=self.device)
         if rate.ndim == 0:
             return kind([self.theta], lr=float(lr), **options)

@@ -7,6 +7,8 @@ fine-tuning's gain over the untouched model.
 
 import numpy as np
 
+from ..show import kind, table_html
+
 MIME = "application/vnd.miniature.plane+json"
 
 
@@ -36,8 +38,6 @@ class Plane:
         return rows
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        from ..show import table_html
-
         return {
             "text/html": table_html(self.rows(), caption=self.record["task"]),
             "text/plain": f"{len(self.record['methods'])} methods on {self.record['task']}",
@@ -104,11 +104,6 @@ def plane(run, task, start, full, methods, own, unit="%"):
     )
 
 
-def kind(name):
-    """Return a method's name without its size: "LoRA" for "LoRA, r = 4"."""
-    return name.partition(",")[0].strip()
-
-
 def gain(record, scores):
     """Return the share of full fine-tuning's gain, and half its 95 % interval over seeds.
 
@@ -132,7 +127,7 @@ def records(field="peft"):
     found = {}
     for paper in papers.all():
         nb = run.read(paper.notebook) if paper.field == field else None
-        kept = [o["data"][MIME] for o in run.outputs(nb) if MIME in o.get("data", {})] if nb else []
-        if kept:
-            found[paper.slug] = kept[-1]
+        record = run.last(nb, MIME) if nb else None
+        if record:
+            found[paper.slug] = record
     return found
