@@ -1,5 +1,7 @@
 """A stack is N separate models, to rounding."""
 
+import subprocess
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -257,3 +259,21 @@ def test_the_gpu_agrees_with_the_cpu():
     cpu, gpu = (Stack.init(mlp, range(N), dtype=torch.float64, device=d) for d in ("cpu", "cuda"))
     g, _ = gpu.grad(cross_entropy, x.cuda(), y.cuda())
     torch.testing.assert_close(g.cpu(), cpu.grad(cross_entropy, x, y)[0], atol=1e-12, rtol=1e-9)
+
+
+def test_an_optimizer_does_not_import_the_compiler():
+    """It would cost every notebook a second."""
+    program = """
+import sys
+import torch
+from miniature.models import MLP
+from miniature.stack import Stack, class_loss
+stack = Stack.init(lambda: MLP([4, 3]), [0, 1])
+optimizer = stack.optimizer(torch.optim.AdamW, 1e-3)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+stack.step(optimizer, class_loss, torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.long))
+schedule.step()
+assert optimizer.param_groups[0]["lr"] < 1e-3
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

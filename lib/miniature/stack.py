@@ -9,6 +9,8 @@ Five seeds cost little more than one, on a CPU and far less on a GPU.
 """
 
 import copy
+import functools
+import inspect
 
 import torch
 from torch.func import functional_call, vmap
@@ -258,6 +260,7 @@ class Stack:
             )
         if kind.__name__ in _FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
             options["fused"] = True
+        kind = _light(kind)
         rate = torch.as_tensor(lr, dtype=self.dtype, device=self.device)
         if rate.ndim == 0:
             return kind([self.theta], lr=float(lr), **options)
@@ -412,6 +415,25 @@ def class_loss(model, x, y):
     name, because its gradient is written out for perceptrons.
     """
     return cross_entropy(model(x), y)
+
+
+@functools.cache
+def _light(kind):
+    """Return a `torch.optim` class that does the same without importing torch's compiler.
+
+    The import takes a second, for two decorators that matter only to compiled code.
+    """
+
+    class Light(kind):
+        def add_param_group(self, group):
+            self.param_groups.append({**self.defaults, **group, "params": list(group["params"])})
+
+        @torch.no_grad()
+        def step(self):
+            return inspect.unwrap(kind.step)(self)
+
+    Light.__name__ = Light.__qualname__ = kind.__name__
+    return Light
 
 
 def _perceptron(module):
