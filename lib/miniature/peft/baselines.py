@@ -213,7 +213,11 @@ class VeRA(Method):
         return B @ A
 
     def forward(self, layer, x):
-        return layer.apply(x) + layer.low_rank(x, *self.factors(layer))
+        if not isinstance(layer.base, nn.Linear):
+            return layer.apply(x) + layer.low_rank(x, *self.factors(layer))
+        # Scaling z and y in place of A and B: no gradient then needs a product of matrices.
+        z = layer.d * F.linear(x, layer.shared_A[:, : layer.n])
+        return layer.apply(x) + layer.b * F.linear(z, layer.shared_B[: layer.m])
 
 
 class Houlsby(Method):
