@@ -19,6 +19,7 @@ from .baselines import (
 )
 from .engine import (
     Adapted,
+    LowRank,
     Method,
     adapted,
     adapter_state,
@@ -44,6 +45,7 @@ __all__ = [
     "Houlsby",
     "LoRA",
     "LoRAXS",
+    "LowRank",
     "Method",
     "PiSSA",
     "Prefix",

@@ -32,7 +32,7 @@ both at t. Rivals: `Doublets`, the same on LoRA's B A without orthogonality; `sc
 import torch
 
 from .baselines import LoRA
-from .engine import Method
+from .engine import LowRank
 
 SCORES = ("product", "smoothed", "sensitivity", "magnitude")
 
@@ -90,7 +90,7 @@ def top(scores, budget):
     return place < budget.to(scores.device)[..., None]
 
 
-class AdaLoRA(Method):
+class AdaLoRA(LowRank):
     """Triplets P, lambda, Q for every matrix, and a falling budget for all of them.
 
     Parameters
@@ -164,11 +164,8 @@ class AdaLoRA(Method):
         layer.parameter("lam", torch.zeros(r))
         layer.parameter("Q", 0.02 * torch.randn(r, layer.n))
 
-    def delta(self, layer):
-        return (layer.P * layer.lam) @ layer.Q
-
-    def forward(self, layer, x):
-        return layer.apply(x) + layer.low_rank(x, layer.P * layer.lam, layer.Q)
+    def factors(self, layer):
+        return layer.P * layer.lam, layer.Q
 
     def penalty(self, params):
         """Return gamma sum_k R(P_k, Q_k), R = |P'P - I|_F^2 + |QQ' - I|_F^2."""
@@ -250,15 +247,12 @@ class Doublets(AdaLoRA):
 
     def init(self, layer):
         r = min(self.rank, layer.m, layer.n)
-        B, A = LoRA(r).factors(layer)
+        B, A = LoRA(r).initial(layer)
         layer.parameter("B", B)
         layer.parameter("A", A)
 
-    def delta(self, layer):
-        return layer.B @ layer.A
-
-    def forward(self, layer, x):
-        return layer.apply(x) + layer.low_rank(x, layer.B, layer.A)
+    def factors(self, layer):
+        return layer.B, layer.A
 
     def penalty(self, params):
         return None

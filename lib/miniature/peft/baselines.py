@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..models.gpt import GPT, Attention
-from .engine import Method
+from .engine import LowRank, Method
 
 
 class Full(Method):
@@ -48,7 +48,7 @@ class BitFit(Method):
         return y + (layer.d.view(-1, *[1] * (y.ndim - 2)) if channels_first else layer.d)
 
 
-class LoRA(Method):
+class LoRA(LowRank):
     r"""Low-rank adaptation: W0 + s B A with A [r, n] random, B [m, r] zero.
 
     Hu et al., *LoRA*, ICLR 2022; the scale alpha / sqrt(r) is that of rsLoRA (Kalajdzievski 2023).
@@ -80,7 +80,7 @@ class LoRA(Method):
         self.alpha = rank if alpha is None else alpha
         self.s = self.alpha / (math.sqrt(rank) if stable else rank)
 
-    def factors(self, layer):
+    def initial(self, layer):
         """Return B [m, r] and A [r, n] to start from."""
         A = torch.empty(self.rank, layer.n)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
@@ -90,17 +90,14 @@ class LoRA(Method):
         return torch.zeros(layer.m, self.rank), A
 
     def init(self, layer):
-        B, A = self.factors(layer)
+        B, A = self.initial(layer)
         more = 0 if self.room is None else self.room - len(A)
         layer.parameter("A", F.pad(A, (0, 0, 0, more)))
         layer.parameter("B", F.pad(B, (0, more)))
-        layer.buffer("s", torch.tensor(float(self.s), dtype=torch.float64))
+        layer.buffer("s", float(self.s))
 
-    def delta(self, layer):
-        return layer.s * (layer.B @ layer.A)
-
-    def forward(self, layer, x):
-        return layer.apply(x) + layer.s * layer.low_rank(x, layer.B, layer.A)
+    def factors(self, layer):
+        return layer.B, layer.A
 
 
 class PiSSA(LoRA):
@@ -110,7 +107,7 @@ class PiSSA(LoRA):
     residual W0 - s B A, so that nothing changes at the start.
     """
 
-    def factors(self, layer):
+    def initial(self, layer):
         U, S, Vh = svd(layer.W)
         root = (S[: self.rank] / self.s).sqrt()
         return U[:, : self.rank] * root, root[:, None] * Vh[: self.rank]
@@ -160,16 +157,13 @@ class LoRAXS(LoRA):
         layer.buffer("B", F.pad(B, (0, more)))
         layer.buffer("A", F.pad(A, (0, 0, 0, more)))
         layer.parameter("R", F.pad(R, (0, more, 0, more)))
-        layer.buffer("s", torch.tensor(float(self.s), dtype=torch.float64))
+        layer.buffer("s", float(self.s))
 
-    def delta(self, layer):
-        return layer.s * (layer.B @ layer.R @ layer.A)
-
-    def forward(self, layer, x):
-        return layer.apply(x) + layer.s * layer.low_rank(x, layer.B @ layer.R, layer.A)
+    def factors(self, layer):
+        return layer.B @ layer.R, layer.A
 
 
-class VeRA(Method):
+class VeRA(LowRank):
     """Trained scales of random matrices that all layers share (Kopiczko, Blankevoort, Asano 2024).
 
     W0 + diag(b) B diag(d) A with A [r, n], B [m, r] drawn once at the largest size and cut to each
@@ -204,17 +198,12 @@ class VeRA(Method):
         layer.parameter("d", torch.full((self.rank,), self.d0, dtype=torch.float64))
 
     def factors(self, layer):
-        """Return diag(b) B [m, r] and diag(d) A [r, n] of one layer."""
         B, A = layer.shared_B[: layer.m], layer.shared_A[:, : layer.n]
         return layer.b[:, None] * B, layer.d[:, None] * A
 
-    def delta(self, layer):
-        B, A = self.factors(layer)
-        return B @ A
-
     def forward(self, layer, x):
         if not isinstance(layer.base, nn.Linear):
-            return layer.apply(x) + layer.low_rank(x, *self.factors(layer))
+            return super().forward(layer, x)
         # Scaling z and y in place of A and B: no gradient then needs a product of matrices.
         z = layer.d * F.linear(x, layer.shared_A[:, : layer.n])
         return layer.apply(x) + layer.b * F.linear(z, layer.shared_B[: layer.m])

@@ -5,6 +5,7 @@ frozen; a method says only what it adds:
 
 - `Method.init(layer)` makes its parameters (trained) and buffers (frozen);
 - `Method.delta(layer)` is the update of the weight as a matrix [m, n];
+- a `LowRank` method gives its factors instead, `factors(layer)`: B [m, r] and A [r, n];
 - `Method.forward(layer, x)` only where there is a cheaper way than applying W + delta.
 
 Shapes follow the papers: m outputs, n inputs, the weight W0 [m, n]. A convolution's weight is read
@@ -97,6 +98,25 @@ class Method:
         """
 
 
+class LowRank(Method):
+    """A method whose update is s B A. Subclasses give `init` and `factors`.
+
+    The scale is the layer's buffer ``s``, so that copies in a stack may have their own; without
+    such a buffer it is 1.
+    """
+
+    def factors(self, layer):
+        """Return B [m, r] and A [r, n]."""
+        raise NotImplementedError
+
+    def delta(self, layer):
+        B, A = self.factors(layer)
+        return layer.scaled(B @ A)
+
+    def forward(self, layer, x):
+        return layer.apply(x) + layer.scaled(layer.low_rank(x, *self.factors(layer)))
+
+
 class Adapted(nn.Module):
     """A frozen layer with what a method adds to it. Made by `attach`.
 
@@ -135,8 +155,9 @@ class Adapted(nn.Module):
         self.register_parameter(name, nn.Parameter(value.detach().to(self.like)))
 
     def buffer(self, name, value):
-        """Make a frozen tensor that belongs to the adapter (indices keep their type)."""
-        value = torch.as_tensor(value).detach()
+        """Make a frozen tensor, or number, that belongs to the adapter; indices keep their type."""
+        exact = torch.float64 if isinstance(value, float) else None
+        value = torch.as_tensor(value, dtype=exact).detach()
         like = self.like
         to = {"dtype": like.dtype} if value.is_floating_point() else {}
         self.register_buffer(name, value.to(like.device, **to))
@@ -171,6 +192,11 @@ class Adapted(nn.Module):
         if isinstance(self.base, nn.Embedding):
             return F.embedding(x, B, self.base.padding_idx) @ A
         return self.base._conv_forward(x, (B @ A).view_as(self.base.weight), None)
+
+    def scaled(self, y):
+        """Return s y, where s is the buffer of that name; y itself if there is none."""
+        s = self._buffers.get("s")
+        return y if s is None else s * y
 
     def forward(self, x, *args, **kwargs):
         if self.merged:

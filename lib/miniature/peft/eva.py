@@ -243,9 +243,9 @@ class EVA(LoRA):
                 handle.remove()
         return seen
 
-    def factors(self, layer):
+    def initial(self, layer):
         if layer.name not in self.svds:
-            return super().factors(layer)
+            return super().initial(layer)
         svd, r = self.svds[layer.name], self.ranks[layer.name]
         A = svd.V[:r] / svd.S[:r, None].sqrt() if self.whiten else svd.V[:r]
         return A.new_zeros(layer.m, r), A
@@ -259,7 +259,7 @@ class EVA(LoRA):
 class Orthonormal(LoRA):
     """LoRA from a random A with orthonormal rows: EVA but for the data. Needs r <= n."""
 
-    def factors(self, layer):
+    def initial(self, layer):
         Q = torch.linalg.qr(torch.randn(layer.n, self.rank, dtype=torch.float64))[0]
         return Q.new_zeros(layer.m, self.rank), Q.T
 
@@ -267,7 +267,7 @@ class Orthonormal(LoRA):
 class OLoRA(PiSSA):
     """LoRA that starts from W0 = Q R (Büyükakyüz 2024): B = Q_r, A = R_r, W0 - s B A frozen."""
 
-    def factors(self, layer):
+    def initial(self, layer):
         Q, R = torch.linalg.qr(layer.W.detach().double())
         return Q[:, : self.rank], R[: self.rank]
 
@@ -277,8 +277,8 @@ class UnitRows:
 
     kinds = default = (nn.Linear, nn.Conv2d)
 
-    def factors(self, layer):
-        B, A = super().factors(layer)
+    def initial(self, layer):
+        B, A = super().initial(layer)
         norm = A.norm(dim=1)
         return B * norm, A / norm[:, None]
 

@@ -171,7 +171,7 @@ class MiLoRA(PiSSA):
     overwrites is the weakest part of the weight.
     """
 
-    def factors(self, layer):
+    def initial(self, layer):
         U, S, Vh = svd(layer.W)
         root = (S[-self.rank :] / self.s).sqrt()
         return U[:, -self.rank :] * root, root[:, None] * Vh[-self.rank :]

@@ -21,12 +21,12 @@ Rival: the same with singular vectors in place of triangular ones, `SVDDiagonal`
 import torch
 
 from .baselines import svd
-from .engine import Method
+from .engine import LowRank
 
 STARTS = ("lu", "normal", "uniform", "constant", "ones", "zeros")
 
 
-class LoLDU(Method):
+class LoLDU(LowRank):
     """Train the first r pivots z of every weight.
 
     Parameters
@@ -52,7 +52,7 @@ class LoLDU(Method):
         self.rank, self.s, self.start = rank, (rank if alpha is None else alpha) / rank, start
         self.starts_at_base = start == "lu"
 
-    def factors(self, W):
+    def pieces(self, W):
         """Return P L_r [m, r], z0 [r] and U~_r [r, n] of a weight [m, n]."""
         P, L, U = torch.linalg.lu(W.detach().double())
         pivots = U.diagonal()
@@ -60,7 +60,7 @@ class LoLDU(Method):
         return P @ L[:, kept], pivots[kept], U[kept] / pivots[kept, None]
 
     def init(self, layer):
-        L, z0, U = self.factors(layer.base.weight.flatten(1))
+        L, z0, U = self.pieces(layer.base.weight.flatten(1))
         z = {
             "lu": lambda: z0,
             "normal": lambda: z0.mean() + z0.std() * torch.randn(len(z0), dtype=z0.dtype),
@@ -72,19 +72,16 @@ class LoLDU(Method):
         layer.buffer("L", L)
         layer.buffer("U", U)
         layer.parameter("z", z)
-        layer.buffer("s", torch.tensor(self.s, dtype=torch.float64))
+        layer.buffer("s", self.s)
         layer.freeze(layer.base.weight.flatten(1).double() - self.s * (L * z0) @ U)
 
-    def delta(self, layer):
-        return layer.s * (layer.L * layer.z) @ layer.U
-
-    def forward(self, layer, x):
-        return layer.apply(x) + layer.s * layer.low_rank(x, layer.L * layer.z, layer.U)
+    def factors(self, layer):
+        return layer.L * layer.z, layer.U
 
 
 class SVDDiagonal(LoLDU):
     """Train the first r singular values: pieces that are orthogonal, and the largest ones."""
 
-    def factors(self, W):
+    def pieces(self, W):
         U, S, Vh = svd(W)
         return U[:, : self.rank], S[: self.rank], Vh[: self.rank]

@@ -27,7 +27,7 @@ import math
 import torch
 from torch import nn
 
-from .engine import Method
+from .engine import LowRank
 
 
 def vectors(pool, index):
@@ -47,7 +47,7 @@ def vectors(pool, index):
     return shards.index_select(0, index.flatten()).view(*index.shape[:-1], -1)
 
 
-class MoS(Method):
+class MoS(LowRank):
     """Mixture of shards: the equations above.
 
     Layers whose paths differ in numbers only, and whose weights have one shape, share two pools.
@@ -133,18 +133,10 @@ class MoS(Method):
         layer.buffer("I", I)
         layer.buffer("J", J)
         s = 1.0 if self.alpha is None else self.alpha / len(I)
-        layer.buffer("s", torch.tensor(s, dtype=torch.float64))
+        layer.buffer("s", s)
 
     def factors(self, layer):
-        """Return B [m, r] and A [r, n] of one layer."""
         return vectors(layer.pool_B, layer.J).mT, vectors(layer.pool_A, layer.I)
-
-    def delta(self, layer):
-        B, A = self.factors(layer)
-        return layer.s * (B @ A)
-
-    def forward(self, layer, x):
-        return layer.apply(x) + layer.s * layer.low_rank(x, *self.factors(layer))
 
 
 class Sharing(MoS):
@@ -194,7 +186,7 @@ class TiedLoRA(Sharing):
         return layer.v[:, None] * B, layer.u[:, None] * A
 
 
-class PRoLoRA(Method):
+class PRoLoRA(LowRank):
     """Sharing within a layer: A = [A0 | rot A0 | ... | rot^(c-1) A0], with rows rotated; B alike.
 
     Wang et al., ACL 2024 (without its unshared ranks): r (m + n) / c numbers for rank r.
@@ -219,14 +211,6 @@ class PRoLoRA(Method):
         layer.parameter("B0", torch.zeros(self.rank, layer.m // c))
 
     def factors(self, layer):
-        """Return B [m, r] and A [r, n] of one layer."""
         c = layer.n // layer.A0.shape[-1]
         A, B = (torch.cat([v.roll(-j, 0) for j in range(c)], 1) for v in (layer.A0, layer.B0))
         return B.mT, A
-
-    def delta(self, layer):
-        B, A = self.factors(layer)
-        return B @ A
-
-    def forward(self, layer, x):
-        return layer.apply(x) + layer.low_rank(x, *self.factors(layer))

@@ -108,7 +108,7 @@ class PaCA(Method):
                 f"{layer.name!r}; its first ones are {idx.tolist()}"
             )
         layer.buffer("idx", idx)
-        layer.buffer("s", torch.tensor(self.s, dtype=torch.float64))
+        layer.buffer("s", self.s)
         layer.parameter("P", W[:, idx] / self.s)
         if self.store or self.in_place:
             layer.freeze((self.store or torch.clone)(W))

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .engine import Method
+from .engine import LowRank
 
 ENTRIES = ("dense", "sparse", "very sparse")
 
@@ -64,7 +64,7 @@ class Terms(torch.autograd.Function):
         return Terms.apply(*many), 0
 
 
-class RandLoRA(Method):
+class RandLoRA(LowRank):
     """Trained diagonals on both sides of A, summed over N random B_j.
 
     Parameters
@@ -131,7 +131,7 @@ class RandLoRA(Method):
         layer.register_buffer("shared_B", self.B)
         layer.parameter("lam", torch.zeros(N if self.room else n, self.rank))
         layer.parameter("gamma", F.pad(gamma, (0, 0, 0, N - n)) if self.room else gamma)
-        layer.buffer("s", torch.tensor(float(self.s), dtype=torch.float64))
+        layer.buffer("s", float(self.s))
 
     def factors(self, layer):
         """Return [m, N r] and [N r, n] whose product is the sum of the terms."""
@@ -139,10 +139,3 @@ class RandLoRA(Method):
         stack = Terms.apply(layer.shared_A[:, :d], layer.lam, layer.gamma).flatten(0, 1)
         B = layer.shared_B[:D, : len(stack)]
         return (B, stack) if layer.m >= layer.n else (stack.T, B.T)
-
-    def delta(self, layer):
-        left, right = self.factors(layer)
-        return layer.s * (left @ right)
-
-    def forward(self, layer, x):
-        return layer.apply(x) + layer.s * layer.low_rank(x, *self.factors(layer))
