@@ -93,6 +93,51 @@ def test_training_finds_the_optimum_of_least_squares(kind):
         torch.testing.assert_close(a.z.detach(), best, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("start", ["lu", "ones"])
+def test_descent_follows_a_loop_by_hand(start):
+    """Two layers with biases and a ReLU, s = 2: the gradient of the pivots written out in NumPy."""
+    torch.manual_seed(0)
+    base, rate, steps = MLP([6, 7, 4]).double(), 5e-4, 20
+    x, y = torch.randn(1, 9, 6, dtype=F64), torch.randn(1, 9, 4, dtype=F64)
+    method = LoLDU(3, alpha=6.0, start=start)
+    stack = Stack([attach(copy.deepcopy(base), method)])
+    optimizer = stack.optimizer(torch.optim.SGD, rate)
+    loss = finetune(
+        stack, method, lambda f, x, y: (f(x) - y).square().sum(), [(x, y)] * steps, optimizer
+    )
+
+    frames, z, biases = [], [], []
+    for linear in (base[0], base[2]):
+        W = linear.weight.detach().numpy()
+        rest, L, U, pivots = W.copy(), [], [], []
+        for i in range(3):
+            row = np.abs(rest[:, i]).argmax()
+            pivots.append(rest[row, i])
+            L.append(rest[:, i] / rest[row, i])
+            U.append(rest[row] / rest[row, i])
+            rest = rest - pivots[-1] * np.outer(L[-1], U[-1])
+        L, U, pivots = np.stack(L, 1), np.stack(U), np.array(pivots)
+        frames.append((L, U, W - 2.0 * (L * pivots) @ U))
+        z.append(pivots if start == "lu" else np.ones(3))
+        biases.append(linear.bias.detach().numpy())
+    X, Y, losses = x[0].numpy(), y[0].numpy(), []
+    for _ in range(steps):
+        W1, W2 = (W_res + 2.0 * L @ np.diag(v) @ U for (L, U, W_res), v in zip(frames, z))
+        before = X @ W1.T + biases[0]
+        H = np.maximum(before, 0)
+        error = H @ W2.T + biases[1] - Y
+        losses.append((error**2).sum())
+        G2 = 2 * error.T @ H
+        G1 = (2 * error @ W2 * (before > 0)).T @ X
+        for i, G in enumerate((G1, G2)):
+            L, U, _ = frames[i]
+            z[i] = z[i] - rate * 2.0 * np.diag(L.T @ G @ U.T)
+    np.testing.assert_allclose(loss[:, 0], losses, rtol=1e-8)
+    assert losses[-1] < losses[0]
+    for a, v in zip(adapted(stack.module(0)).values(), z):
+        np.testing.assert_allclose(a.z.detach(), v, rtol=1e-7, atol=1e-9)
+
+
 def test_starts():
     values = {}
     for start in STARTS:
@@ -106,18 +151,42 @@ def test_starts():
     z0 = values["lu"]
     assert (values["ones"] == 1).all() and (values["zeros"] == 0).all()
     torch.testing.assert_close(values["constant"], z0.mean().expand(4))
-    assert (values["uniform"].abs() <= z0.mean().abs() / 2).all()
     torch.manual_seed(2)
-    torch.testing.assert_close(values["normal"], z0.mean() + z0.std() * torch.randn(4, dtype=F64))
+    torch.testing.assert_close(values["uniform"], z0.mean() * (torch.rand(4, dtype=F64) - 0.5))
+    torch.manual_seed(2)
+    spread = (z0 - z0.mean()).square().mean().sqrt()
+    torch.testing.assert_close(values["normal"], z0.mean() + spread * torch.randn(4, dtype=F64))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_one_pivot_is_enough(start):
+    a = layer(5, 6, LoLDU(1, start=start))
+    assert a.z.shape == (1,) and a.z.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("start", STARTS)
+def test_a_gpu_starts_where_a_cpu_does(start):
+    torch.manual_seed(0)
+    base, x = MLP([6, 5]).double(), torch.randn(3, 6, dtype=F64)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(1)
+        model = attach(copy.deepcopy(base).to(device), LoLDU(4, start=start))
+        outputs.append(model(x.to(device)).detach().cpu())
+    torch.testing.assert_close(*outputs)
 
 
 def test_tiny_pivots_are_skipped():
-    model = nn.Sequential(nn.Linear(4, 4, bias=False).double())
+    """Those of 1e-8 and 0, not that of 0.005; the pieces that follow keep their own frames."""
+    model = nn.Sequential(nn.Linear(5, 5, bias=False).double())
     with torch.no_grad():
-        model[0].weight.copy_(torch.eye(4))
-        model[0].weight[1] = 0.0  # of rank 3
-    a = adapted(attach(model, LoLDU(4)))["0"]
-    assert a.z.shape == (3,) and a.L.isfinite().all() and a.U.isfinite().all()
+        model[0].weight.copy_(torch.diag(torch.tensor([3.0, 1e-8, 0.0, 0.005, 2.0])))
+    a = adapted(attach(model, LoLDU(3)))["0"]
+    torch.testing.assert_close(a.z.detach(), torch.tensor([3.0, 0.005, 2.0], dtype=F64))
+    frames = torch.eye(5, dtype=F64)[[0, 3, 4]]
+    torch.testing.assert_close(a.L, frames.T)
+    torch.testing.assert_close(a.U, frames)
     torch.testing.assert_close(merge(model)[0].weight, model[0].set_aside[0])
 
 

@@ -34,10 +34,10 @@ import torch
 from torch import nn
 
 from .baselines import PiSSA, svd
-from .engine import Method
+from .engine import LowRank
 
 
-class KaSA(Method):
+class KaSA(LowRank):
     """Truncated weight, update in SVD form, and penalties on its singular values and factors.
 
     Parameters
@@ -95,7 +95,7 @@ class KaSA(Method):
         keep = (W.shape[1] if self.released else len(S)) - self.rank
         return (U[:, :keep] * S[:keep]) @ Vh[:keep]
 
-    def start(self, layer):
+    def initial(self, layer):
         """Return B [m, r], sigma [r] and A [r, n] to start from."""
         A = torch.empty(self.rank, layer.n)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
@@ -110,16 +110,14 @@ class KaSA(Method):
             )
         if self.truncate:
             layer.freeze(self.world(layer.base.weight.flatten(1)))
-        B, sigma, A = self.start(layer)
+        B, sigma, A = self.initial(layer)
         layer.parameter("A", A)
         layer.parameter("B", B)
         (layer.parameter if self.diagonal else layer.buffer)("sigma", sigma)
+        layer.buffer("s", self.s)
 
-    def delta(self, layer):
-        return self.s * (layer.B * layer.sigma) @ layer.A
-
-    def forward(self, layer, x):
-        return layer.apply(x) + self.s * layer.low_rank(x, layer.B * layer.sigma, layer.A)
+    def factors(self, layer):
+        return layer.B * layer.sigma, layer.A
 
     def penalty(self, params, beta=None, gamma=None):
         """Return what is added to the loss.
@@ -159,7 +157,7 @@ class Triplet(KaSA):
     def __init__(self, rank=8, alpha=None, gamma=1e-3, targets=None):
         super().__init__(rank, alpha, 0.0, gamma, truncate=False, targets=targets)
 
-    def start(self, layer):
+    def initial(self, layer):
         P, Q = 0.02 * torch.randn(layer.m, self.rank), 0.02 * torch.randn(self.rank, layer.n)
         return P, torch.zeros(self.rank), Q
 

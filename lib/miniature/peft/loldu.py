@@ -19,6 +19,8 @@ Rival: the same with singular vectors in place of triangular ones, `SVDDiagonal`
 """
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from .baselines import svd
 from .engine import LowRank
@@ -61,10 +63,14 @@ class LoLDU(LowRank):
 
     def init(self, layer):
         L, z0, U = self.pieces(layer.base.weight.flatten(1))
+
+        def draws(kind):  # on the CPU, so that all devices start alike
+            return kind(len(z0), dtype=z0.dtype).to(z0.device)
+
         z = {
             "lu": lambda: z0,
-            "normal": lambda: z0.mean() + z0.std() * torch.randn(len(z0), dtype=z0.dtype),
-            "uniform": lambda: z0.mean() * (torch.rand(len(z0), dtype=z0.dtype) - 0.5),
+            "normal": lambda: z0.mean() + z0.std(correction=0) * draws(torch.randn),
+            "uniform": lambda: z0.mean() * (draws(torch.rand) - 0.5),
             "constant": lambda: z0.mean().expand(len(z0)),
             "ones": lambda: torch.ones_like(z0),
             "zeros": lambda: torch.zeros_like(z0),
@@ -77,6 +83,12 @@ class LoLDU(LowRank):
 
     def factors(self, layer):
         return layer.L * layer.z, layer.U
+
+    def forward(self, layer, x):
+        if not isinstance(layer.base, nn.Linear):
+            return super().forward(layer, x)
+        z = layer.z * F.linear(x, layer.U)  # scales r numbers a sample: no gradient of P L diag(z)
+        return layer.apply(x) + layer.scaled(F.linear(z, layer.L))
 
 
 class SVDDiagonal(LoLDU):

@@ -110,14 +110,14 @@ def gain(record, scores):
     The ratio of means (score - start) / (full - start), its deviation by the jackknife over seeds,
     which are paired.
     """
-    from scipy import stats
+    from scipy.special import stdtrit
 
     start, full = (np.asarray(v, float) for v in (record["start"], record["full"]["scores"]))
     up, down = np.asarray(scores, float) - start, full - start
     n = len(up)
     without = (up.sum() - up) / (down.sum() - down)
     spread = np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
-    return float(up.mean() / down.mean()), float(stats.t.ppf(0.975, n - 1) * spread)
+    return float(up.mean() / down.mean()), float(stdtrit(n - 1, 0.975) * spread)
 
 
 def records(field="peft"):
