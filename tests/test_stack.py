@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from miniature.models import MLP
-from miniature.stack import Stack, class_loss, clip
+from miniature.stack import Stack, class_loss, clip, seeded
 from miniature.stack import cross_entropy as fast_cross_entropy
 
 N, STEPS, BATCH = 4, 12, 8
@@ -277,3 +277,13 @@ assert optimizer.param_groups[0]["lr"] < 1e-3
 sys.exit("torch._dynamo" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_seeded_draws_as_manual_seed_does_and_leaves_the_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    state = torch.get_rng_state()
+    with pytest.raises(KeyError), seeded(3):
+        assert torch.equal(torch.rand(4), expected)
+        raise KeyError
+    assert torch.equal(torch.get_rng_state(), state)

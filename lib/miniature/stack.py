@@ -8,6 +8,7 @@ backward pass is written out, which is two to four times as fast.
 Five seeds cost little more than one, on a CPU and far less on a GPU.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -121,9 +122,8 @@ class Stack:
             Passed to `Stack`: device, dtype, chunk.
         """
         modules = []
-        with torch.random.fork_rng(devices=[]):
-            for seed in seeds:
-                torch.manual_seed(seed)
+        for seed in seeds:
+            with seeded(seed):
                 modules.append(build())
         return cls(modules, **options)
 
@@ -260,7 +260,7 @@ class Stack:
             )
         if kind.__name__ in _FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
             options["fused"] = True
-        kind = _light(kind)
+        kind = light(kind)
         rate = torch.as_tensor(lr, dtype=self.dtype, device=self.device)
         if rate.ndim == 0:
             return kind([self.theta], lr=float(lr), **options)
@@ -417,11 +417,35 @@ def class_loss(model, x, y):
     return cross_entropy(model(x), y)
 
 
+@contextlib.contextmanager
+def seeded(seed):
+    """Draw on the CPU as after ``torch.manual_seed(seed)``; then all is as it was before.
+
+    `torch.manual_seed` also seeds devices that are not in use, and notes a stack trace for each:
+    a millisecond a call in a notebook.
+
+    Parameters
+    ----------
+    seed : int
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
 @functools.cache
-def _light(kind):
+def light(kind):
     """Return a `torch.optim` class that does the same without importing torch's compiler.
 
     The import takes a second, for two decorators that matter only to compiled code.
+
+    Parameters
+    ----------
+    kind : type
+        Such as ``torch.optim.Adam``.
     """
 
     class Light(kind):
@@ -468,4 +492,4 @@ def clip(grad, max_norm):
     return grad.mul_((max_norm / (norm + 1e-6)).clamp_(max=1.0))
 
 
-__all__ = ["Stack", "class_loss", "clip", "cross_entropy"]
+__all__ = ["Stack", "class_loss", "clip", "cross_entropy", "light", "seeded"]

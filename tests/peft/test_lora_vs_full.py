@@ -12,6 +12,7 @@ from torch import nn
 from miniature.peft import lora_vs_full
 from miniature.peft.lora_vs_full import (
     factors,
+    gradients,
     intruders,
     noise,
     others,
@@ -220,6 +221,48 @@ def test_the_count_may_exceed_the_rank():
     assert intruders(similarity(W0, W), top=n).sum() > r
 
 
+def perceptrons(sizes, rank, copies, batch, seed=0):
+    """Random perceptrons with factors that are not zero, and a batch for each."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(copies, *shape, generator=rng, dtype=F64)
+
+    pairs = list(zip(sizes[1:], sizes))
+    layers = {str(2 * i): (draw(m, n) / n**0.5, draw(m)) for i, (m, n) in enumerate(pairs)}
+    low = {k: (draw(b.shape[-1], rank), draw(rank, W.shape[-1])) for k, (W, b) in layers.items()}
+    low.popitem()
+    y = torch.randint(sizes[-1], (copies, batch), generator=rng)
+    return layers, low, draw(batch, sizes[0]), y
+
+
+@pytest.mark.parametrize("sizes", [(7, 5, 6, 3), (4, 9, 3), (5, 6, 6, 6, 4)])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_gradients_of_the_factors_are_those_of_autograd(sizes, scale):
+    layers, low, x, y = perceptrons(sizes, 2, 3, 11)
+    got = gradients(layers, low, scale, x, y)
+    assert got.keys() == low.keys()
+    for i in range(3):  # one copy at a time
+        own = {k: [f[i].clone().requires_grad_() for f in pair] for k, pair in low.items()}
+        h = x[i]
+        for k, (W, b) in layers.items():
+            change = scale * own[k][0] @ own[k][1] if k in own else 0.0
+            h = h @ (W[i] + change).T + b[i]
+            h = h.relu() if k in own else h
+        nn.functional.cross_entropy(h, y[i]).backward()
+        for k, pair in own.items():
+            for factor, g in zip(pair, got[k]):
+                torch.testing.assert_close(g[i], factor.grad, atol=1e-12, rtol=1e-10)
+
+
+def test_gradients_leave_their_arguments_alone():
+    layers, low, x, y = perceptrons((5, 6, 4), 2, 2, 8)
+    before = [t.clone() for pair in (*layers.values(), *low.values()) for t in pair] + [x.clone()]
+    gradients(layers, low, 2.0, x, y)
+    after = [t for pair in (*layers.values(), *low.values()) for t in pair] + [x]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
 def test_bad_input_is_refused():
     W0, W = tuned(5, 4)
     with pytest.raises(ValueError, match="'left' or 'right', not 'both'"):
@@ -233,6 +276,10 @@ def test_bad_input_is_refused():
         intruders(similar, top=0)
     with pytest.raises(ValueError, match="rank must be positive, not 0"):
         factors(W0, W, 0)
+    layers, low, x, y = perceptrons((5, 6, 4), 2, 2, 8)
+    low["2"] = low["0"]
+    with pytest.raises(ValueError, match=r"factors of \['0', '2'\].* are \['0'\]"):
+        gradients(layers, low, 1.0, x, y)
     with pytest.raises(ValueError, match="c >= 0 and ratio > 0, got -1"):
         outlier(-1.0)
     with pytest.raises(ValueError, match=r"got 1\.0 and 0"):
@@ -248,3 +295,9 @@ def test_on_a_gpu():
     halved = rescale(W.cuda(), found, 0.5)
     torch.testing.assert_close(halved.cpu(), rescale(W, found.cpu(), 0.5), atol=1e-9, rtol=0)
     assert lora_vs_full.noise(W0.cuda(), W.cuda(), range(4)).is_cuda
+    layers, low, x, y = perceptrons((7, 5, 6, 3), 2, 3, 11)
+    far = [{k: tuple(t.cuda() for t in pair) for k, pair in d.items()} for d in (layers, low)]
+    theirs = gradients(*far, 0.3, x.cuda(), y.cuda())
+    for k, pair in gradients(layers, low, 0.3, x, y).items():
+        for ours, other in zip(pair, theirs[k]):
+            torch.testing.assert_close(other.cpu(), ours, atol=1e-9, rtol=0)

@@ -59,15 +59,51 @@ def test_where_it_starts():
         d = min(m, n)
         N = math.ceil(d / r)
         assert (a.lam == 0).all()
-        torch.testing.assert_close(a.gamma.detach(), torch.full((N, d), 1 / max(N, d), dtype=F64))
+        assert (a.gamma == 1 / max(N, d)).all()
         a(torch.randn(4, n, dtype=F64)).square().sum().backward()
         assert (a.gamma.grad == 0).all() and (a.lam.grad != 0).all()
+
+
+@pytest.mark.parametrize("m, n, r", [(9, 6, 4), (6, 9, 4), (8, 8, 3)])
+def test_a_run_of_adam_is_the_plain_loops(m, n, r):
+    """Fifty steps from the start, with NumPy's gradients of the equation, entry by entry."""
+    a = layer(m, n, RandLoRA(r), filled=False)
+    D, d = max(m, n), min(m, n)
+    N = math.ceil(d / r)
+    A = a.shared_A.numpy()
+    B = [a.shared_B.numpy()[:D, j * r : (j + 1) * r] for j in range(N)]
+    lam, gamma = np.zeros((N, r)), np.full((N, d), 1 / max(N, d))
+    moments = [(np.zeros_like(p), np.zeros_like(p)) for p in (lam, gamma)]
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, n)), rng.normal(size=(20, m))
+    W, bias = a.W.numpy(), a.base.bias.numpy()
+    optimizer = torch.optim.Adam([a.lam, a.gamma], lr=0.02)
+    for t in range(1, 51):
+        update = 20 * sum(B[j] @ np.diag(lam[j]) @ A @ np.diag(gamma[j]) for j in range(N))
+        error = x @ (W + (update if m >= n else update.T)).T + bias - y
+        G = error.T @ x if m >= n else x.T @ error
+        H = [20 * (B[j].T @ G) * A for j in range(N)]
+        grads = (
+            np.array([H[j] @ gamma[j] for j in range(N)]),
+            np.array([lam[j] @ H[j] for j in range(N)]),
+        )
+        for p, g, (first, second) in zip((lam, gamma), grads, moments):
+            first += 0.1 * (g - first)
+            second += 0.001 * (g**2 - second)
+            p -= 0.02 * first / (1 - 0.9**t) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+        optimizer.zero_grad()
+        loss = (a(torch.from_numpy(x)) - torch.from_numpy(y)).square().sum() / 2
+        loss.backward()
+        optimizer.step()
+        np.testing.assert_allclose(loss.item(), np.square(error).sum() / 2, rtol=1e-9)
+    np.testing.assert_allclose(a.lam.detach(), lam, atol=1e-9)
+    np.testing.assert_allclose(a.gamma.detach(), gamma, atol=1e-9)
 
 
 def test_layers_share_one_A_and_one_list_of_B():
     """Cut from the largest sizes; entries of standard deviation 1."""
     torch.manual_seed(0)
-    model = attach(MLP([64, 128, 128, 10]), RandLoRA(10))
+    model = attach(MLP([64, 128, 128, 10]).double(), RandLoRA(10))
     layers = list(adapted(model).values())
     assert layers[0].shared_A.shape == (10, 128) and layers[0].shared_B.shape == (128, 130)
     for a in layers:
@@ -77,6 +113,9 @@ def test_layers_share_one_A_and_one_list_of_B():
         assert left.shape == (a.m, a.lam.numel()) and right.shape == (a.lam.numel(), a.n)
         assert abs(float(a.shared_A.std()) - 1) < 1e-6 and abs(float(a.shared_B.std()) - 1) < 1e-6
         assert float(a.shared_B.abs().max()) < 1.05 * math.sqrt(3)  # uniform
+        nn.init.normal_(a.lam)
+        expected = plain_sum(a, a.m, a.n, 10, 20)
+        np.testing.assert_allclose(a.method.delta(a).detach(), expected, atol=1e-9)
     # N (r + d) numbers a layer: 7 (10 + 64) + 13 (10 + 128) + 1 (10 + 10)
     assert count(model)["trained"] == 518 + 1794 + 20
     assert count(attach(MLP([64, 128, 128, 10]), RandLoRA(64)))["trained"] == 586  # larger r: fewer

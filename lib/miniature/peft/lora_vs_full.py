@@ -28,7 +28,9 @@ spread over all x_i once sigma_1 stands clear of every s_i. For random W0 that h
 threshold (`outlier`).
 
 The arms are `LoRA` (alpha = 2 r, alpha fixed, rsLoRA by ``stable=``) and `Full` of the engine.
-All functions take a batch of matrices [..., m, n], one a seed, rank or layer.
+`gradients` is the backward pass of LoRA in perceptrons without the gradients of whole weights,
+which halves the time of a small step. The functions of weights take a batch of matrices
+[..., m, n], one a seed, rank or layer.
 """
 
 import math
@@ -166,6 +168,55 @@ def outlier(c, ratio=1.0):
     left = 1 - b * (1 + q) / (q * (q + b))
     right = 1 - (b + q) / (q * (q + 1))
     return sigma, left * above, right * above
+
+
+def gradients(layers, factors, scale, x, y):
+    """Return the gradients of LoRA's factors in ReLU perceptrons, every copy's own.
+
+    With the error e = d loss / d z of a layer z = (W + s B A) h + b, summed over a batch,
+
+        dB = s e (A h)',    dA = s (B' e) h':
+
+    the gradient of each factor scales with the other one, and none is as large as W.
+
+    Parameters
+    ----------
+    layers : dict of str to (torch.Tensor, torch.Tensor)
+        Frozen weights [N, m, n] and biases [N, m], in order; all layers but the last are followed
+        by a ReLU and adapted.
+    factors : dict of str to (torch.Tensor, torch.Tensor)
+        B [N, m, r] and A [N, r, n] of every layer but the last.
+    scale : float
+        s, which multiplies B A.
+    x : torch.Tensor, shape [N, batch, n]
+    y : torch.Tensor of int64, shape [N, batch]
+        Classes. The loss is the mean cross-entropy of a copy's batch.
+
+    Returns
+    -------
+    dict of str to (torch.Tensor, torch.Tensor)
+        Gradients of B and A.
+    """
+    *hidden, last = layers
+    if set(factors) != set(hidden):
+        raise ValueError(f"factors of {list(factors)}, but the layers to adapt are {hidden}")
+    h, inputs = x.mT, []  # samples last
+    for k in hidden:
+        (W, b), (B, A) = layers[k], factors[k]
+        inputs.append((h, A @ h))
+        h = torch.baddbmm(b[..., None], W, h).baddbmm_(B, inputs[-1][1], alpha=scale).relu_()
+    W, b = layers[last]
+    e, y = torch.baddbmm(b[..., None], W, h).softmax(1), y[:, None]
+    e = e.scatter_add_(1, y, e.new_full((), -1.0).expand(y.shape)) / y.shape[-1]
+    grads, above = {}, W.mT @ e
+    for k in reversed(hidden):
+        (W, _), (B, A), (inner, low) = layers[k], factors[k], inputs.pop()
+        e = above.mul_(h > 0)
+        back = scale * (B.mT @ e)
+        grads[k] = scale * (e @ low.mT), back @ inner.mT
+        if inputs:
+            above, h = (W.mT @ e).baddbmm_(A.mT, back), inner
+    return grads
 
 
 def _normal(shape, seeds, purpose=0):

@@ -126,7 +126,7 @@ class RandLoRA(LowRank):
         d = min(layer.m, layer.n)
         N = math.ceil(d / self.rank)
         n = min(N, self.terms or N)
-        gamma = torch.full((n, d), 1 / max(N, d))
+        gamma = torch.full((n, d), 1 / max(N, d), dtype=torch.float64)
         layer.register_buffer("shared_A", self.A)
         layer.register_buffer("shared_B", self.B)
         layer.parameter("lam", torch.zeros(N if self.room else n, self.rank))
