@@ -500,6 +500,16 @@ def test_unstructured_trains_the_entries_that_were_drawn():
         assert len(layer.idx.unique()) == 9
 
 
+@pytest.mark.parametrize("method, size", [(S2FT(ratio=0.25), 12), (Unstructured(15), 60)])
+def test_columns_and_entries_are_drawn_evenly(method, size):
+    counts = torch.zeros(size)
+    for seed in range(200):
+        torch.manual_seed(seed)
+        model = attach(nn.Sequential(nn.Linear(12, 5)), method)
+        counts[adapted(model)["0"].idx] += 1
+    assert (counts - 50).abs().max() < 4.5 * (200 * 0.25 * 0.75) ** 0.5
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"ratio must lie in \(0, 1\], not 0"):
         S2FT(ratio=0)

@@ -30,6 +30,7 @@ Rivals: columns of every layer by themselves (`paca.PaCA`, whose backward pass t
 entries drawn without structure (`Unstructured`); LoRA.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -199,24 +200,15 @@ def importance(model, pairs, loss, rule):
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
-    readers, heard, hooks = [model.get_submodule(c.reader) for c in pairs], {}, []
+    model = copy.deepcopy(model).requires_grad_(True)  # flags and hooks of the original stay
+    readers, heard, found = [model.get_submodule(c.reader) for c in pairs], {}, []
     for reader in readers:
-        hook = reader.register_forward_pre_hook(lambda m, args: heard.update({m: args[0]}))
-        hooks.append(hook)
-    weights = [reader.weight for reader in readers]
-    was = [w.requires_grad for w in weights]
-    for w in weights:
-        w.requires_grad_(True)
-    grads = torch.autograd.grad(loss(model), weights)
-    for hook in hooks:
-        hook.remove()
-    found = []
-    for c, reader, w, g, flag in zip(pairs, readers, weights, grads, was):
-        w.requires_grad_(flag)
-        x = heard[reader].detach().flatten(0, -2)
+        reader.register_forward_pre_hook(lambda m, args: heard.update({m: args[0]}))
+    grads = torch.autograd.grad(loss(model), [reader.weight for reader in readers])
+    for c, reader, g in zip(pairs, readers, grads):
         by_column = {
-            "weight": w.detach().square().sum(0),
-            "activation": x.square().mean(0),
+            "weight": reader.weight.detach().square().sum(0),
+            "activation": heard[reader].detach().flatten(0, -2).square().mean(0),
             "gradient": g.square().sum(0),
         }
         per_unit = {k: v.view(c.units, c.block).sum(1).sqrt() for k, v in by_column.items()}
@@ -253,10 +245,9 @@ def co_permute(model, pairs, chosen):
     dict of str to (int, torch.Tensor)
         For `S2FT`: path -> (ROWS or COLUMNS, the consecutive indices start..end-1 of the slice).
     """
-    slices = {}
+    now = []
     for c, (rows, columns) in zip(pairs, chosen):
         order, for_rows, for_columns = permutation(c.units, rows, columns)
-        order = torch.tensor(order)
         for path, block in c.writers.items():
             writer = model.get_submodule(path)
             at = expand(order, block).to(writer.weight.device)
@@ -266,38 +257,35 @@ def co_permute(model, pairs, chosen):
         reader = model.get_submodule(c.reader)
         at = expand(order, c.block).to(reader.weight.device)
         reader.weight.copy_(reader.weight[:, at])
-        _add(slices, c, range(*for_rows), range(*for_columns))
-    return _used(slices)
+        now.append((range(*for_rows), range(*for_columns)))
+    return scattered(pairs, now)
 
 
 def scattered(pairs, chosen):
-    """Return what `co_permute` does, for the model as it is: indices that lie apart."""
+    """Return what `co_permute` does, for the model as it is: indices that lie apart.
+
+    Raises
+    ------
+    ValueError
+        If a layer writes some chosen units and reads others: it is cut one way only.
+    """
     slices = {}
     for c, (rows, columns) in zip(pairs, chosen):
-        _add(slices, c, rows, columns)
-    return _used(slices)
+        writer, block = list(c.writers.items())[-1]
+        parts = {writer: (ROWS, expand(rows, block)), c.reader: (COLUMNS, expand(columns, c.block))}
+        for path, (dim, idx) in parts.items():
+            if len(idx) and len(slices.get(path, (0, ()))[1]):
+                raise ValueError(f"layer {path!r} would train rows and columns: choose one kind")
+            if len(idx) or path not in slices:
+                slices[path] = dim, idx
+    kinds = {dim for dim, idx in slices.values() if len(idx)}  # rows in no layer: leave them out
+    return {path: part for path, part in slices.items() if part[0] in kinds}
 
 
 def expand(units, block):
     """Return the rows (or columns) of units: block u .. block u + block - 1 for each u."""
-    units = torch.as_tensor(list(units) if isinstance(units, range) else units, dtype=torch.long)
+    units = torch.tensor(list(units), dtype=torch.long)
     return (units[:, None] * block + torch.arange(block)).flatten()
-
-
-def _add(slices, c, rows, columns):
-    writer, block = list(c.writers.items())[-1]
-    parts = {writer: (ROWS, expand(rows, block)), c.reader: (COLUMNS, expand(columns, c.block))}
-    for path, (dim, idx) in parts.items():
-        if len(idx) and len(slices.get(path, (0, ()))[1]):
-            raise ValueError(f"layer {path!r} would train rows and columns: choose one kind")
-        if len(idx) or path not in slices:
-            slices[path] = dim, idx
-
-
-def _used(slices):
-    """Leave out rows where no layer has any, and columns alike; a layer may well have none."""
-    kinds = {dim for dim, idx in slices.values() if len(idx)}
-    return {path: part for path, part in slices.items() if part[0] in kinds}
 
 
 class S2FT(Method):
