@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .baselines import LoRA, svd
-from .engine import Method
+from .engine import LowRank
 
 STARTS = ("residual", "zero", "lora")
 SCHEDULES = ("columns", "released")
@@ -65,7 +65,7 @@ class Path(torch.autograd.Function):
         return by_x, None, by_S, by_B
 
 
-class LaMDA(Method):
+class LaMDA(LowRank):
     """Train S [r, r] between frozen frames, and the left frame B for a while.
 
     Parameters
@@ -134,18 +134,18 @@ class LaMDA(Method):
             layer.buffer("B", B)
         else:
             layer.parameter("B", B)
-        layer.buffer("s", torch.tensor(s, dtype=torch.float64))
+        layer.buffer("s", float(s))
         if self.start == "residual":
             layer.freeze(W.double() - s * B @ S @ A)
 
-    def delta(self, layer):
-        return layer.s * (layer.B @ layer.S @ layer.A)
+    def factors(self, layer):
+        return layer.B @ layer.S, layer.A
 
     def forward(self, layer, x):
-        if isinstance(layer.base, nn.Linear):
-            z = F.linear(x, layer.A)
-            return layer.apply(x) + layer.s * F.linear(F.linear(z, layer.S), layer.B)
-        return layer.apply(x) + layer.s * layer.low_rank(x, layer.B @ layer.S, layer.A)
+        if not isinstance(layer.base, nn.Linear):
+            return super().forward(layer, x)
+        z = F.linear(x, layer.A)  # S before B: B S [m, r] need not be kept
+        return layer.apply(x) + layer.scaled(F.linear(F.linear(z, layer.S), layer.B))
 
     def frozen(self, r, t):
         """Return how many of the r columns of B step t = 1, 2, ... leaves alone, [] or [N]."""
