@@ -9,7 +9,7 @@ from torch import nn
 
 from miniature.models import MLP
 from miniature.peft import adapted, attach, count, finetune, saved_bytes, trainable
-from miniature.peft.randlora import RandLoRA, Terms
+from miniature.peft.randlora import RandLoRA, pullback, terms
 from miniature.peft.tasks import Regression
 from miniature.stack import Stack
 
@@ -140,9 +140,10 @@ def test_the_gradient_is_autograds(N, r, d):
     torch.manual_seed(0)
     A, lam, gamma = (torch.randn(shape, dtype=F64) for shape in ((r, d), (N, r), (N, d)))
     lam.requires_grad_(), gamma.requires_grad_()
-    assert torch.autograd.gradcheck(lambda p, q: Terms.apply(A, p, q), (lam, gamma))
     G = torch.randn(N, r, d, dtype=F64)
-    mine = torch.autograd.grad(Terms.apply(A, lam, gamma), (lam, gamma), G)
+    mine = pullback(A, lam, gamma, G)
+    torch.testing.assert_close(terms(A, lam, gamma), torch.einsum("jk,kv,jv->jkv", lam, A, gamma))
+    torch.testing.assert_close(mine, torch.autograd.grad(terms(A, lam, gamma), (lam, gamma), G))
     plain = torch.autograd.grad(lam[:, :, None] * A * gamma[:, None], (lam, gamma), G)
     torch.testing.assert_close(mine, plain, atol=1e-12, rtol=1e-12)
     by_hand = [
@@ -161,7 +162,7 @@ def test_copies_together_are_the_copies_alone(dims):
     for shape, dim in zip(shapes, dims):
         shape = shape if dim is None else (*shape[:dim], 5, *shape[dim:])
         inputs.append(torch.randn(shape, dtype=F64, requires_grad=bool(inputs)))
-    together = torch.vmap(Terms.apply, in_dims=dims)(*inputs)
+    together = torch.vmap(terms, in_dims=dims)(*inputs)
     rows = [
         [t if dim is None else t.select(dim, i) for t, dim in zip(inputs, dims)] for i in range(5)
     ]
@@ -177,7 +178,7 @@ def test_the_backward_pass_keeps_the_diagonals_only():
     lam, gamma = torch.randn(8, 4, requires_grad=True), torch.randn(8, 30, requires_grad=True)
     A = torch.randn(4, 30)
     kept = []
-    for build in (Terms.apply, lambda A, lam, gamma: lam[:, :, None] * A * gamma[:, None]):
+    for build in (terms, lambda A, lam, gamma: lam[:, :, None] * A * gamma[:, None]):
         model = nn.Module()
         model.lam, model.gamma = nn.Parameter(lam.detach()), nn.Parameter(gamma.detach())
         with saved_bytes(model, but=[A]) as saved:
@@ -231,9 +232,9 @@ def test_it_agrees_with_hugging_faces_layer(m, n, r):
 def test_the_rank_is_that_of_its_terms(m, n, r):
     """min(n r, d); and r where all gamma_j are equal, as they are at the start."""
     d, N = 12, math.ceil(12 / r)
-    for terms in range(1, N + 1):
-        a = layer(m, n, RandLoRA(r, terms=terms))
-        assert torch.linalg.matrix_rank(a.method.delta(a), rtol=1e-9) == min(terms * r, d)
+    for n_terms in range(1, N + 1):
+        a = layer(m, n, RandLoRA(r, terms=n_terms))
+        assert torch.linalg.matrix_rank(a.method.delta(a), rtol=1e-9) == min(n_terms * r, d)
         assert a.lam.shape == (terms, r)
     with torch.no_grad():
         a.gamma.fill_(0.3)
