@@ -235,7 +235,7 @@ def test_the_rank_is_that_of_its_terms(m, n, r):
     for n_terms in range(1, N + 1):
         a = layer(m, n, RandLoRA(r, terms=n_terms))
         assert torch.linalg.matrix_rank(a.method.delta(a), rtol=1e-9) == min(n_terms * r, d)
-        assert a.lam.shape == (terms, r)
+        assert a.lam.shape == (n_terms, r)
     with torch.no_grad():
         a.gamma.fill_(0.3)
     assert torch.linalg.matrix_rank(a.method.delta(a), rtol=1e-9) == r
