@@ -32,7 +32,7 @@ both at t. Rivals: `Doublets`, the same on LoRA's B A without orthogonality; `sc
 import torch
 
 from .baselines import LoRA
-from .engine import LowRank
+from .engine import LowRank, positive
 
 SCORES = ("product", "smoothed", "sensitivity", "magnitude")
 
@@ -126,8 +126,7 @@ class AdaLoRA(LowRank):
         targets=None,
     ):
         super().__init__(targets)
-        if rank < 1:
-            raise ValueError(f"rank must be positive, not {rank}")
+        positive(rank=rank)
         if min(first, last) < 0 or first + last + 2 > steps:
             raise ValueError(
                 f"the budget needs steps to fall in: first = {first}, last = {last} leave too "

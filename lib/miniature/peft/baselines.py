@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..models.gpt import GPT, Attention
-from .engine import LowRank, Method
+from .engine import LowRank, Method, positive
 
 
 class Full(Method):
@@ -178,8 +178,7 @@ class VeRA(LowRank):
 
     def __init__(self, rank=64, d0=0.1, targets=None):
         super().__init__(targets)
-        if rank < 1:
-            raise ValueError(f"rank must be positive, not {rank}")
+        positive(rank=rank)
         self.rank, self.d0 = rank, d0
 
     def prepare(self, model, layers):
@@ -226,8 +225,7 @@ class Houlsby(Method):
 
     def __init__(self, width=8, targets=None):
         super().__init__(targets)
-        if width < 1:
-            raise ValueError(f"width must be positive, not {width}")
+        positive(width=width)
         self.width = width
 
     def init(self, layer):
@@ -260,8 +258,7 @@ class Prefix(Method):
 
     def __init__(self, length=8, std=0.02, targets=None):
         super().__init__(targets)
-        if length < 1:
-            raise ValueError(f"length must be positive, not {length}")
+        positive(length=length)
         self.length, self.std = length, std
 
     def init(self, layer):
@@ -289,8 +286,7 @@ class Prompt(Method):
 
     def __init__(self, length=8):
         super().__init__(["embed"])
-        if length < 1:
-            raise ValueError(f"length must be positive, not {length}")
+        positive(length=length)
         self.length = length
 
     def prepare(self, model, layers):

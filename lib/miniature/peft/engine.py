@@ -212,6 +212,13 @@ class Adapted(nn.Module):
         return W, own if bias is None else bias if own is None else own + bias
 
 
+def positive(**sizes):
+    """Raise a ValueError that names the first of the sizes, such as a rank, that is below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be positive, not {size}")
+
+
 def attach(model, method, train=()):
     """Freeze a model and adapt the layers that a method targets, in place.
 

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from .baselines import PiSSA, svd
-from .engine import LowRank
+from .engine import LowRank, positive
 
 
 class KaSA(LowRank):
@@ -79,8 +79,7 @@ class KaSA(LowRank):
         targets=None,
     ):
         super().__init__(targets)
-        if rank < 1:
-            raise ValueError(f"rank must be positive, not {rank}")
+        positive(rank=rank)
         for name, value in (("beta", beta), ("gamma", gamma)):
             if value < 0:
                 raise ValueError(f"{name} must be zero or positive, not {value}")

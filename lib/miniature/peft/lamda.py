@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .baselines import LoRA, svd
-from .engine import LowRank
+from .engine import LowRank, positive
 
 STARTS = ("residual", "zero", "lora")
 SCHEDULES = ("columns", "released")
@@ -100,8 +100,7 @@ class LaMDA(LowRank):
         targets=None,
     ):
         super().__init__(targets)
-        if rank < 1:
-            raise ValueError(f"rank must be positive, not {rank}")
+        positive(rank=rank)
         if steps < 1:
             raise ValueError(f"steps must be a positive number, not {steps}")
         if start not in STARTS:
@@ -134,7 +133,7 @@ class LaMDA(LowRank):
             layer.buffer("B", B)
         else:
             layer.parameter("B", B)
-        layer.buffer("s", float(s))
+        layer.buffer("s", s)
         if self.start == "residual":
             layer.freeze(W.double() - s * B @ S @ A)
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .baselines import svd
-from .engine import LowRank
+from .engine import LowRank, positive
 
 STARTS = ("lu", "normal", "uniform", "constant", "ones", "zeros")
 
@@ -47,8 +47,7 @@ class LoLDU(LowRank):
 
     def __init__(self, rank=8, alpha=None, start="lu", targets=None):
         super().__init__(targets)
-        if rank < 1:
-            raise ValueError(f"rank must be positive, not {rank}")
+        positive(rank=rank)
         if start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, not {start!r}")
         self.rank, self.s, self.start = rank, (rank if alpha is None else alpha) / rank, start

@@ -37,6 +37,8 @@ import math
 
 import torch
 
+from .engine import positive
+
 SIDES = ("left", "right")
 
 
@@ -112,8 +114,7 @@ def factors(W0, W, rank):
 
     A rescaled weight differs from W0 by more than rank r; this makes an adapter of it again.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be positive, not {rank}")
+    positive(rank=rank)
     U, S, Vh = torch.linalg.svd(W - W0, full_matrices=False)
     root = S[..., :rank].sqrt()
     return U[..., :rank] * root[..., None, :], root[..., None] * Vh[..., :rank, :]

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .engine import Method
+from .engine import Method, positive
 
 ORDERS = {
     "random": lambda layer: torch.randperm(layer.n),
@@ -88,8 +88,7 @@ class PaCA(Method):
         self, rank=8, alpha=None, select="random", in_place=False, store=None, targets=None
     ):
         super().__init__(targets)
-        if rank < 1:
-            raise ValueError(f"rank must be positive, not {rank}")
+        positive(rank=rank)
         if not callable(select) and select not in ORDERS:
             raise ValueError(f"select must be one of {', '.join(ORDERS)}, not {select!r}")
         self.rank, self.s = rank, (rank if alpha is None else alpha) / rank
@@ -141,8 +140,7 @@ class Rows(Method):
 
     def __init__(self, rank=8, targets=None):
         super().__init__(targets)
-        if rank < 1:
-            raise ValueError(f"rank must be positive, not {rank}")
+        positive(rank=rank)
         self.rank = rank
 
     def init(self, layer):

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .engine import LowRank
+from .engine import LowRank, positive
 
 ENTRIES = ("dense", "sparse", "very sparse")
 
@@ -78,10 +78,9 @@ class RandLoRA(LowRank):
 
     def __init__(self, rank=32, alpha=None, terms=None, room=False, entries="dense", targets=None):
         super().__init__(targets)
-        if rank < 1:
-            raise ValueError(f"rank must be positive, not {rank}")
-        if terms is not None and terms < 1:
-            raise ValueError(f"terms must be positive, not {terms}")
+        positive(rank=rank)
+        if terms is not None:
+            positive(terms=terms)
         if entries not in ENTRIES:
             raise ValueError(f"entries must be one of {', '.join(ENTRIES)}, not {entries!r}")
         self.rank, self.s = rank, 20.0 if alpha is None else alpha / rank

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from ..models.gpt import Attention, Block
 from ..models.mlp import MLP
-from .engine import Method
+from .engine import Method, positive
 from .paca import PartialLinear
 
 COLUMNS, ROWS = 1, 0
@@ -388,8 +388,7 @@ class Unstructured(Method):
 
     def __init__(self, rank=8, targets=None):
         super().__init__(targets)
-        if rank < 1:
-            raise ValueError(f"rank must be positive, not {rank}")
+        positive(rank=rank)
         self.rank = rank
 
     def init(self, layer):
