@@ -133,12 +133,16 @@ def png(fig):
         If the figure is too busy for that even at a coarse resolution.
     """
     import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
+    canvas = FigureCanvasAgg(fig)
     for dpi in (130, 110, 90, 72):
-        raw, small = io.BytesIO(), io.BytesIO()
-        fig.savefig(raw, format="png", dpi=dpi, facecolor="white")
-        picture = Image.open(raw).convert("RGB")
+        fig.set_dpi(dpi)
+        canvas.draw()  # `savefig` would draw a second time, without a trace, for the layout alone
+        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        small = io.BytesIO()
         # An octree keeps every color within a few steps of itself, rare ones too.
         picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
             small, "png", optimize=True
