@@ -132,6 +132,42 @@ def test_frozen_parameters_and_buffers_stay_out_of_theta():
     torch.testing.assert_close(stack.module(1)(x), stack(x, shared=True)[1])
 
 
+def test_tied_weights_are_one_parameter_in_both_places():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.decode = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.decode.weight = self.encode.weight
+
+        def forward(self, x):
+            return self.decode(torch.tanh(self.encode(x)))
+
+    def loss(model, x):
+        return model(x).square().sum()
+
+    stack, x = Stack.init(Tied, range(2), dtype=torch.float64), torch.randn(2, 5, 4).double()
+    grad, _ = stack.grad(loss, x)
+    assert "decode.weight" not in stack.params()
+    for i in range(2):
+        alone = stack.module(i)
+        loss(alone, x[i]).backward()
+        expected = torch.cat([p.grad.flatten() for p in alone.parameters()])
+        torch.testing.assert_close(grad[i], expected, atol=1e-12, rtol=1e-10)
+
+
+def test_an_error_inside_a_copy_leaves_the_module_as_it_was():
+    stack = Stack.init(mlp, range(2))
+    before = dict(stack.base.named_parameters())
+
+    def fails(model, x):
+        model(x)
+        return model(x[:, :2])
+
+    with pytest.raises(RuntimeError):
+        stack.grad(fails, torch.randn(2, 5, 6))
+    assert all(p is before[k] for k, p in stack.base.named_parameters())
+
+
 def test_dropout_differs_between_copies_and_is_off_in_evaluation():
     stack = Stack.init(lambda: nn.Sequential(nn.Linear(6, 50), nn.Dropout(0.5)), [0, 0])
     x = torch.ones(2, 1, 6)
