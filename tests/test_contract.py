@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ SECTIONS = [
     "Exercises",
 ]
 PARAMETERS = 'scale = "mini"\nseed = 0\ndevice = "auto"\ncontrol = False'
+SHOWN = re.compile(r"`([^`]+)`(?:, `[^`]+`)?\n\n```python\n(.*)\n```", re.DOTALL)
 ESTIMATES = ("compare", "slope", "order")  # kinds of check that come with an interval
 ABSOLUTE = re.compile(r"(?<![\w.:/])(/home/|/Users/|/root/|/tmp/|/work/|/var/|[A-Z]:\\\\?Users)")
 
@@ -118,6 +120,19 @@ def test_the_idea_shows_equations_and_the_librarys_own_lines(notebook):
     assert any("$" in c["source"] for c in cells if c["cell_type"] == "markdown")
     assert any("show.source(" in c["source"] for c in cells)
     assert any("```python" in json.dumps(c.get("outputs", [])) for c in cells)
+
+
+def test_the_lines_shown_are_those_that_run(notebook):
+    """Stored outputs of `show.source` go stale when the library is edited: refresh the notebook."""
+    for c in notebook.code:
+        for out in c["outputs"]:
+            shown = SHOWN.match("".join(out.get("data", {}).get("text/markdown", "")))
+            if shown:
+                path, code = shown.groups()
+                text = textwrap.dedent((ROOT / "lib" / path).read_text(encoding="utf-8"))
+                indented = (textwrap.indent(code, " " * n) for n in (0, 4, 8, 12, 16))
+                there = any(f"\n{block}\n" in f"\n{text}\n" for block in indented)
+                assert there, f"{path} has changed: miniature refresh {notebook.slug}\n{code}"
 
 
 def test_the_experiment_has_figures(notebook):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from miniature import show
+from miniature.peft.ladder_side_tuning import states
 from miniature.scale import start
 
 
@@ -87,6 +88,10 @@ def test_source_shows_the_lines_that_run(shown):
     assert "miniature/show.py" in shown[0].data and "def marker(name):" in shown[0].data
     show.source(show.marker, start="return", end="return")
     assert shown[1].data.endswith("```python\nreturn MARKERS[_index(name)]\n```")
+    show.source(states, start="try", end="backbone.x")  # its decorator is torch's
+    assert shown[2].data.startswith("`miniature/peft/ladder_side_tuning.py`, `states`\n")
+    show.source(show, start="^C = ", end="^C = ")
+    assert shown[3].data.startswith("`miniature/show.py`\n\n```python\nC = (")
     with pytest.raises(ValueError, match="nowhere"):
         show.source(show.marker, start="nowhere")
 

@@ -176,6 +176,9 @@ def figure(fig, alt):
 def source(obj, start=None, end=None):
     """Show lines of the library's own source, so that what is read is what runs.
 
+    They are named by file and function, not by number: what stands above them may change without
+    making the stored output of a notebook wrong.
+
     Parameters
     ----------
     obj : function, class or module
@@ -189,15 +192,15 @@ def source(obj, start=None, end=None):
     """
     from IPython.display import Markdown, display
 
-    obj = getattr(obj, "py_func", obj)  # what numba compiled
-    lines, first = inspect.getsourcelines(obj)
-    first = max(first, 1)
+    obj = inspect.unwrap(getattr(obj, "py_func", obj))  # as numba found it, without decorators
+    lines, _ = inspect.getsourcelines(obj)
     a = _find(lines, start, 0, obj) if start else 0
     b = _find(lines, end, a, obj) if end else len(lines) - 1
     path = Path(inspect.getsourcefile(obj))
     path = path.relative_to(path.parents[len(_module_name(obj).split(".")) - 1])
     code = textwrap.dedent("".join(lines[a : b + 1])).rstrip()
-    display(Markdown(f"`{path}`, lines {first + a}–{first + b}\n\n```python\n{code}\n```"))
+    place = f"`{path}`" if inspect.ismodule(obj) else f"`{path}`, `{obj.__qualname__}`"
+    display(Markdown(f"{place}\n\n```python\n{code}\n```"))
 
 
 def _module_name(obj):
