@@ -164,7 +164,7 @@ class AdaLoRA(LowRank):
         layer.parameter("Q", 0.02 * torch.randn(r, layer.n))
 
     def factors(self, layer):
-        return layer.P * layer.lam, layer.Q
+        return layer.P, layer.lam, layer.Q
 
     def penalty(self, params):
         """Return gamma sum_k R(P_k, Q_k), R = |P'P - I|_F^2 + |QQ' - I|_F^2."""

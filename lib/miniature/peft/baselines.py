@@ -160,7 +160,7 @@ class LoRAXS(LoRA):
         layer.buffer("s", float(self.s))
 
     def factors(self, layer):
-        return layer.B @ layer.R, layer.A
+        return layer.B, layer.R, layer.A
 
 
 class VeRA(LowRank):
@@ -197,15 +197,7 @@ class VeRA(LowRank):
         layer.parameter("d", torch.full((self.rank,), self.d0, dtype=torch.float64))
 
     def factors(self, layer):
-        B, A = layer.shared_B[: layer.m], layer.shared_A[:, : layer.n]
-        return layer.b[:, None] * B, layer.d[:, None] * A
-
-    def forward(self, layer, x):
-        if not isinstance(layer.base, nn.Linear):
-            return super().forward(layer, x)
-        # Scaling z and y in place of A and B: no gradient then needs a product of matrices.
-        z = layer.d * F.linear(x, layer.shared_A[:, : layer.n])
-        return layer.apply(x) + layer.b * F.linear(z, layer.shared_B[: layer.m])
+        return layer.b, layer.shared_B[: layer.m], layer.d, layer.shared_A[:, : layer.n]
 
 
 class Houlsby(Method):

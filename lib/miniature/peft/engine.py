@@ -5,7 +5,7 @@ frozen; a method says only what it adds:
 
 - `Method.init(layer)` makes its parameters (trained) and buffers (frozen);
 - `Method.delta(layer)` is the update of the weight as a matrix [m, n];
-- a `LowRank` method gives its factors instead, `factors(layer)`: B [m, r] and A [r, n];
+- a `LowRank` method gives its factors instead, `factors(layer)`, such as B [m, r] and A [r, n];
 - `Method.forward(layer, x)` only where there is a cheaper way than applying W + delta.
 
 Shapes follow the papers: m outputs, n inputs, the weight W0 [m, n]. A convolution's weight is read
@@ -99,19 +99,22 @@ class Method:
 
 
 class LowRank(Method):
-    """A method whose update is s B A. Subclasses give `init` and `factors`.
+    """A method whose update is s times a product, such as s B A. Subclasses give `init`, `factors`.
 
     The scale is the layer's buffer ``s``, so that copies in a stack may have their own; without
     such a buffer it is 1.
     """
 
     def factors(self, layer):
-        """Return B [m, r] and A [r, n]."""
+        """Return the factors in the order of the product: matrices, and vectors for diagonals.
+
+        B [m, r] and A [r, n], say, or P [m, r], lambda [r] and Q [r, n] for P diag(lambda) Q. The
+        last one is a matrix.
+        """
         raise NotImplementedError
 
     def delta(self, layer):
-        B, A = self.factors(layer)
-        return layer.scaled(B @ A)
+        return layer.scaled(product(*self.factors(layer)))
 
     def forward(self, layer, x):
         return layer.apply(x) + layer.scaled(layer.low_rank(x, *self.factors(layer)))
@@ -182,10 +185,13 @@ class Adapted(nn.Module):
             return self.base._conv_forward(x, W.view_as(self.base.weight), b)
         return F.embedding(x, W, self.base.padding_idx)
 
-    def low_rank(self, x, B, A):
-        """Return what the weight B A (B [m, r], A [r, n]) would compute, without forming it."""
+    def low_rank(self, x, *factors):
+        """Return what a product of factors would compute as the weight, without forming it."""
         if isinstance(self.base, nn.Linear):
-            return F.linear(F.linear(x, A), B)
+            for factor in reversed(factors):
+                x = x * factor if factor.ndim == 1 else F.linear(x, factor)
+            return x
+        B, A = product(*factors[:-1]), factors[-1]
         if isinstance(self.base, nn.Conv2d) and self.base.groups == 1:
             z = self.base._conv_forward(x, A.view(-1, *self.base.weight.shape[1:]), None)
             return F.conv2d(z, B[..., None, None])
@@ -210,6 +216,16 @@ class Adapted(nn.Module):
         W = self.W if delta is None else self.W + delta
         own = getattr(self.base, "bias", None)
         return W, own if bias is None else bias if own is None else own + bias
+
+
+def product(first, *rest):
+    """Return the product of matrices, and of vectors for diagonal matrices, as a matrix."""
+    for factor in rest:
+        if first.ndim == 1:
+            first = first[:, None] * factor
+        else:
+            first = first * factor if factor.ndim == 1 else first @ factor
+    return first
 
 
 def positive(**sizes):

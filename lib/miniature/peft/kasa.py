@@ -116,7 +116,7 @@ class KaSA(LowRank):
         layer.buffer("s", self.s)
 
     def factors(self, layer):
-        return layer.B * layer.sigma, layer.A
+        return layer.B, layer.sigma, layer.A
 
     def penalty(self, params, beta=None, gamma=None):
         """Return what is added to the loss.

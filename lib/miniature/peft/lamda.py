@@ -27,8 +27,6 @@ but for the singular values: it puts them into B.
 """
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from .baselines import LoRA, svd
 from .engine import LowRank, positive
@@ -138,13 +136,7 @@ class LaMDA(LowRank):
             layer.freeze(W.double() - s * B @ S @ A)
 
     def factors(self, layer):
-        return layer.B @ layer.S, layer.A
-
-    def forward(self, layer, x):
-        if not isinstance(layer.base, nn.Linear):
-            return super().forward(layer, x)
-        z = F.linear(x, layer.A)  # S before B: B S [m, r] need not be kept
-        return layer.apply(x) + layer.scaled(F.linear(F.linear(z, layer.S), layer.B))
+        return layer.B, layer.S, layer.A
 
     def frozen(self, r, t):
         """Return how many of the r columns of B step t = 1, 2, ... leaves alone, [] or [N]."""

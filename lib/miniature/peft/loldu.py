@@ -19,8 +19,6 @@ Rival: the same with singular vectors in place of triangular ones, `SVDDiagonal`
 """
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from .baselines import svd
 from .engine import LowRank, positive
@@ -81,13 +79,7 @@ class LoLDU(LowRank):
         layer.freeze(layer.base.weight.flatten(1).double() - self.s * (L * z0) @ U)
 
     def factors(self, layer):
-        return layer.L * layer.z, layer.U
-
-    def forward(self, layer, x):
-        if not isinstance(layer.base, nn.Linear):
-            return super().forward(layer, x)
-        z = layer.z * F.linear(x, layer.U)  # scales r numbers a sample: no gradient of P L diag(z)
-        return layer.apply(x) + layer.scaled(F.linear(z, layer.L))
+        return layer.L, layer.z, layer.U
 
 
 class SVDDiagonal(LoLDU):

@@ -164,7 +164,7 @@ class Sharing(MoS):
 
     def factors(self, layer):
         B, A = super().factors(layer)
-        return B, layer.scale[:, None] * A
+        return B, layer.scale, A
 
 
 class TiedLoRA(Sharing):
@@ -182,8 +182,8 @@ class TiedLoRA(Sharing):
         layer.parameter("v", torch.ones(layer.m))
 
     def factors(self, layer):
-        B, A = super().factors(layer)
-        return layer.v[:, None] * B, layer.u[:, None] * A
+        B, _, A = super().factors(layer)
+        return layer.v, B, layer.u, A
 
 
 class PRoLoRA(LowRank):
