@@ -1,14 +1,15 @@
 """Every notebook keeps the contract that makes 286 of them read alike and run headlessly."""
 
+import ast
 import base64
+import importlib
 import json
 import re
-import textwrap
 from pathlib import Path
 
 import pytest
 
-from miniature import papers
+from miniature import papers, show
 from miniature.claims import MIME, VERDICTS
 
 ROOT = papers.root()
@@ -24,7 +25,6 @@ SECTIONS = [
     "Exercises",
 ]
 PARAMETERS = 'scale = "mini"\nseed = 0\ndevice = "auto"\ncontrol = False'
-SHOWN = re.compile(r"`([^`]+)`(?:, `[^`]+`)?\n\n```python\n(.*)\n```", re.DOTALL)
 ESTIMATES = ("compare", "slope", "order")  # kinds of check that come with an interval
 ABSOLUTE = re.compile(r"(?<![\w.:/])(/home/|/Users/|/root/|/tmp/|/work/|/var/|[A-Z]:\\\\?Users)")
 
@@ -122,17 +122,31 @@ def test_the_idea_shows_equations_and_the_librarys_own_lines(notebook):
     assert any("```python" in json.dumps(c.get("outputs", [])) for c in cells)
 
 
-def test_the_lines_shown_are_those_that_run(notebook):
+def test_the_lines_shown_are_those_that_run(notebook, monkeypatch):
     """Stored outputs of `show.source` go stale when the library is edited: refresh the notebook."""
+    now = []
+    monkeypatch.setattr("IPython.display.display", lambda shown: now.append(shown.data))
     for c in notebook.code:
-        for out in c["outputs"]:
-            shown = SHOWN.match("".join(out.get("data", {}).get("text/markdown", "")))
-            if shown:
-                path, code = shown.groups()
-                text = textwrap.dedent((ROOT / "lib" / path).read_text(encoding="utf-8"))
-                indented = (textwrap.indent(code, " " * n) for n in (0, 4, 8, 12, 16))
-                there = any(f"\n{block}\n" in f"\n{text}\n" for block in indented)
-                assert there, f"{path} has changed: miniature refresh {notebook.slug}\n{code}"
+        if "show.source(" not in c["source"]:
+            continue
+        texts = ["".join(out.get("data", {}).get("text/markdown", "")) for out in c["outputs"]]
+        stored = [text for text in texts if "```python" in text]
+        calls = [
+            node
+            for node in ast.walk(ast.parse(c["source"]))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "show.source"
+        ]
+        assert len(calls) == len(stored), f"miniature refresh {notebook.slug}"
+        for call, text in zip(sorted(calls, key=lambda node: node.lineno), stored):
+            path, _, name = text.split("\n")[0].replace("`", "").partition(", ")
+            shown = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+            for part in filter(None, name.split(".")):
+                shown = getattr(shown, part)
+            patterns = [ast.literal_eval(arg) for arg in call.args[1:]]
+            show.source(
+                shown, *patterns, **{k.arg: ast.literal_eval(k.value) for k in call.keywords}
+            )
+            assert text == now[-1], f"{path}, {name} has changed: miniature refresh {notebook.slug}"
 
 
 def test_the_experiment_has_figures(notebook):

@@ -155,6 +155,27 @@ def test_tied_weights_are_one_parameter_in_both_places():
         torch.testing.assert_close(grad[i], expected, atol=1e-12, rtol=1e-10)
 
 
+def test_buffers_that_layers_share_stay_shared_in_another_type():
+    class Shares(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+            scale = torch.randn(4)
+            for layer in self.layers:
+                layer.register_buffer("scale", scale)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x) * layer.scale
+            return x
+
+    modules = [Shares(), Shares()]
+    stack, x = Stack(modules, dtype=torch.float64), torch.randn(2, 5, 4).double()
+    for i, out in enumerate(stack(x)):
+        torch.testing.assert_close(out, modules[i].double()(x[i]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(out, stack.module(i)(x[i]), atol=1e-12, rtol=0)
+
+
 def test_an_error_inside_a_copy_leaves_the_module_as_it_was():
     stack = Stack.init(mlp, range(2))
     before = dict(stack.base.named_parameters())

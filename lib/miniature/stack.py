@@ -103,8 +103,12 @@ class Stack:
             else:
                 values = torch.stack([rest[k].detach() for rest in fixed])
                 self._stacked[k] = values.to(self.device, kind)
-        self.base = copy.deepcopy(modules[0]).to(self.device, self.dtype).train()
+        self.base = copy.deepcopy(modules[0]).train()
         self._places = _places(self.base)
+        self.base.to(self.device, self.dtype)
+        tied = {}
+        for holder, key, name in self._places:  # `to` copies a buffer of two layers twice
+            holder[key] = tied.setdefault(name, holder[key])
         self._layers = _perceptron(self.base)
         self._inputs = next(iter(self.shapes.values()))[1:]  # of a perceptron's first layer
 
@@ -396,7 +400,7 @@ class _Model:
 
 def _places(module):
     """Where a module holds its tensors: (dict, key, name), several for a tensor that is shared."""
-    names = {id(t): k for k, t in [*module.named_parameters(), *module.named_buffers()]}
+    names = {id(t): k for k, t in [*module.named_buffers(), *module.named_parameters()]}
     return [
         (holder, key, names[id(t)])
         for part in module.modules()

@@ -12,6 +12,7 @@ from miniature.peft import (
     Full,
     Houlsby,
     LoRA,
+    LowRank,
     Method,
     PiSSA,
     Prompt,
@@ -50,6 +51,39 @@ def test_targets_are_the_last_parts_of_a_path():
         attach(gpt(), LoRA(2, targets=["q", "attention.w"]))
     with pytest.raises(ValueError, match=r"a list of names, such as \['q'\]"):
         LoRA(2, targets="q")
+
+
+class Chain(LowRank):
+    """s diag(b) diag(c) B diag(d) S A: every kind of factor."""
+
+    def init(self, layer):
+        shapes = {"b": (layer.m,), "c": (layer.m,), "B": (layer.m, 3), "d": (3,)}
+        for name, shape in (shapes | {"S": (3, 2), "A": (2, layer.n)}).items():
+            layer.parameter(name, torch.randn(shape))
+        layer.buffer("s", 0.5)
+
+    def factors(self, layer):
+        return layer.b, layer.c, layer.B, layer.d, layer.S, layer.A
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(5, 4), torch.randn(7, 3, 5, dtype=F64)),
+        (nn.Conv2d(2, 4, 3, stride=2, padding=1), torch.randn(7, 2, 6, 6, dtype=F64)),
+        (nn.Conv2d(4, 4, 3, groups=2), torch.randn(7, 4, 6, 6, dtype=F64)),
+        (nn.Embedding(6, 4), torch.randint(6, (7, 3))),
+    ],
+)
+def test_factors_are_a_product_of_matrices_and_diagonals(layer, x):
+    """Against the dense product: attached and merged."""
+    net = attach(nn.Sequential(layer.to(F64)), Chain(targets=["0"]))
+    a, base = net[0], layer.weight.clone()
+    delta = 0.5 * a.b.diag() @ a.c.diag() @ a.B @ a.d.diag() @ a.S @ a.A
+    torch.testing.assert_close(a.method.delta(a), delta, atol=1e-12, rtol=1e-12)
+    out = net(x)
+    torch.testing.assert_close(merge(net)(x), out, atol=1e-10, rtol=0)
+    torch.testing.assert_close(layer.weight, base + delta.view_as(base), atol=1e-12, rtol=0)
 
 
 def test_bad_use_is_refused():

@@ -108,8 +108,8 @@ class LowRank(Method):
     def factors(self, layer):
         """Return the factors in the order of the product: matrices, and vectors for diagonals.
 
-        B [m, r] and A [r, n], say, or P [m, r], lambda [r] and Q [r, n] for P diag(lambda) Q. The
-        last one is a matrix.
+        B [m, r] and A [r, n], say, or P [m, r], lambda [r] and Q [r, n] for P diag(lambda) Q. At
+        least two are matrices, the last one among them.
         """
         raise NotImplementedError
 
@@ -221,10 +221,10 @@ class Adapted(nn.Module):
 def product(first, *rest):
     """Return the product of matrices, and of vectors for diagonal matrices, as a matrix."""
     for factor in rest:
-        if first.ndim == 1:
-            first = first[:, None] * factor
+        if factor.ndim == 1:
+            first = first * factor
         else:
-            first = first * factor if factor.ndim == 1 else first @ factor
+            first = first[:, None] * factor if first.ndim == 1 else first @ factor
     return first
 
 
